@@ -1,0 +1,1 @@
+"""The executor: it decides in `core`, acts in `driver` and `agent`."""

@@ -1,0 +1,1 @@
+"""Decides: events in, commands out. No clock, no randomness, no I/O."""

@@ -1,0 +1,1 @@
+"""A world for the core: clock, cluster, faults, checks."""
