@@ -121,6 +121,7 @@ class BeatsSeen:
     step: int
     steps_per_s: float
     late: tuple[tuple[str, float], ...] = ()
+    can_save: bool = False  # some rank of this attempt has called `run.due`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
