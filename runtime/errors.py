@@ -5,6 +5,7 @@ PerdureError                  never raised itself
   StoreProblem      exit 2    the store's: unreachable, refused, no such bucket, not shared
   RunProblem        exit 2    the run's: unknown, still alive, altered
   NoPlace           exit 75   the cluster's: nothing to place the job on in time
+  InvariantBroken   exit 2    perdure's own: the core would have done what it must never do
   WireError         (caught)  a peer's: a broken or unauthenticated connection; never ends a job
 """
 
@@ -37,6 +38,10 @@ class NoPlace(PerdureError):
     """Not enough nodes within `place_timeout_s`."""
 
     exit_code = 75
+
+
+class InvariantBroken(PerdureError):
+    """The core was about to break its own law: stopping is safer than going on."""
 
 
 class WireError(PerdureError):
