@@ -58,9 +58,8 @@ def _learn_attempt(core: Moves, newest: AgentAnswer) -> bool:
     s.first_step, s.can_save = None, False
     s.step = newest.step
     if s.phase in ("launching", "saving"):
-        s.phase = (
-            "running"  # whatever that attempt's launch was: its successor's phase is judged below
-        )
+        s.phase = "running"  # that was the older attempt's; the newer one's is found out below
+    return True
 
 
 def _learn_line(core: Moves, line: tuple[RestorePoint, ...]) -> None:
