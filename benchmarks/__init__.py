@@ -1,1 +1,1 @@
-"""One script a claim; each measures perdure beside a peer in the same run."""
+"""Benchmarks: each measures perdure beside a peer, in the same run on the same machine."""
