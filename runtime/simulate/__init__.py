@@ -1,1 +1,1 @@
-"""A world for the core: clock, cluster, faults, checks."""
+"""A world for the core: a clock, machines, faults, and checks from outside."""
