@@ -26,7 +26,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from perdure.checkpoint.boxes import Box, whole
-from perdure.checkpoint.boxes import tiles_exactly as tiles_exactly
 from perdure.checkpoint.errors import StateError
 from perdure.checkpoint.manifest import BLOCK_BYTES, Chunk
 
