@@ -1,0 +1,153 @@
+"""The example scripts as a user runs them: unmodified, killed, resumed, under other launchers.
+
+The observer of the benchmarks (no word of perdure in it) tells which process made which step, so
+that a kill hits a rank that was really training, and its loss can be shown to have happened.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from perdure.benchmarks import soak
+from perdure.benchmarks.common import GPT, OBSERVED, Job, kill_rank, perdure, torchrun
+
+STEPS, BATCH = 40, 8
+TRAIN = [str(GPT), "--steps", str(STEPS), "--batch", str(BATCH), "--save-every", "5"]
+
+
+@dataclass(frozen=True)
+class Line:
+    step: int
+    loss: str  # hexadecimal: equal means bit by bit
+    samples: tuple[int, ...]
+    attempt: str
+
+
+def read(log: Path) -> list[Line]:
+    rows = map(json.loads, log.read_text().splitlines())
+    return [Line(r["step"], r["loss"], tuple(r["samples"]), r["attempt"]) for r in rows]
+
+
+def surviving(lines: list[Line]) -> list[Line]:
+    """Each step as it was made last: what a rollback undid is not part of the run."""
+    return list({line.step: line for line in lines}.values())
+
+
+def finish(job: Job, timeout_s: float = 100) -> None:
+    (launcher,) = job.processes
+    try:
+        code = launcher.wait(timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        pytest.fail(f"not finished within {timeout_s} s:\n{job.tail()}")
+    assert code == 0, job.tail(100)
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> list[Line]:
+    """The run that nobody touches, two ranks."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    log = folder / "log"
+    options = ["--nproc-per-node", "2", "--store", folder.as_uri()]
+    with Job([perdure("run", *options, *TRAIN, "--log", str(log))]) as job:
+        finish(job)
+    lines = read(log)
+    assert [line.step for line in lines] == list(range(1, STEPS + 1))
+    assert float.fromhex(lines[-1].loss) < float.fromhex(lines[0].loss)
+    return lines
+
+
+def test_a_run_with_two_kills_equals_the_unbroken_run(tmp_path: Path, unbroken: list[Line]) -> None:
+    log = tmp_path / "log"
+    options = ["--nproc-per-node", "2", "--store", tmp_path.as_uri()]
+    chance = random.Random(7)
+    with Job([perdure("run", *options, str(OBSERVED), *TRAIN, "--log", str(log))]) as job:
+        for step in (chance.randint(8, 14), chance.randint(20, 28)):
+            # by the log, not by the stamps: those count the steps of one process
+            assert job.wait_for(
+                f"step {step}",
+                lambda step=step: log.exists() and read(log)[-1].step >= step,  # type: ignore[misc]
+                60,
+            ), job.tail()
+            old = job.pids(2)
+            kill_rank(job.stamps(chance.randrange(2))[-1])
+            assert job.next_step_ns(2, old=old, timeout_s=60) is not None, job.tail()
+        finish(job)
+    assert job.left_behind == 0
+    lines = read(log)
+    attempts = list(dict.fromkeys(line.attempt for line in lines))
+    assert len(attempts) == 3, "two kills make three attempts"
+    for attempt in attempts[1:]:
+        first = next(line.step for line in lines if line.attempt == attempt)
+        assert first > 1 and first % 5 == 1, f"{attempt} went on from no checkpoint: step {first}"
+    kept = surviving(lines)
+    assert [(line.step, line.loss) for line in kept] == [(u.step, u.loss) for u in unbroken]
+    seen = [sample for line in kept for sample in line.samples]
+    assert len(seen) == len(set(seen)) == STEPS * BATCH, "each sample once along the surviving line"
+
+
+def test_the_same_script_under_torchrun_and_plain_python(
+    tmp_path: Path, unbroken: list[Line]
+) -> None:
+    """No agent anywhere: the losses are those of `perdure run`, and the checkpoints are found."""
+    log = tmp_path / "log"
+    script = [*TRAIN, "--log", str(log), "--store", (tmp_path / "run").as_uri()]
+    with Job([torchrun("--nproc-per-node", "2", *script)]) as job:
+        finish(job)
+    assert [line.loss for line in read(log)] == [line.loss for line in unbroken]
+    log.unlink()
+    longer = [*script, "--steps", str(STEPS + 5)]
+    with Job([[sys.executable, *longer]]) as job:  # one process goes on where two had stopped
+        finish(job)
+    assert [line.step for line in read(log)] == list(range(STEPS + 1, STEPS + 6))
+
+
+def test_sharded_training_is_killed_and_goes_on(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    options = ["--nproc-per-node", "2", "--store", tmp_path.as_uri()]
+    command = perdure("run", *options, str(OBSERVED), *TRAIN, "--log", str(log), "--fsdp")
+    with Job([command]) as job:
+        assert job.wait_for("step 12", lambda: log.exists() and read(log)[-1].step >= 12, 60)
+        old = job.pids(2)
+        kill_rank(job.stamps(1)[-1])
+        assert job.next_step_ns(2, old=old, timeout_s=60) is not None, job.tail()
+        finish(job)
+    lines = read(log)
+    again = [line for line in lines if line.attempt != lines[0].attempt]
+    assert again and again[0].step > 1
+    before = {line.step: line.loss for line in lines if line.attempt == lines[0].attempt}
+    twice = [line for line in again if line.step in before]
+    assert all(line.loss == before[line.step] for line in twice), "FSDP2: not bit by bit"
+    assert surviving(lines)[-1].step == STEPS
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_unmodified_scripts_come_back(seed: int) -> None:
+    """Five of the hundred of benchmarks/soak.py; NotBack says what broke."""
+    assert soak.one_run(("plain", "trainer")[seed % 2], seed) > 0
+
+
+def test_the_launcher_of_a_whole_job_imports_nothing_heavy(tmp_path: Path) -> None:
+    script = tmp_path / "noop.py"
+    script.write_text("print('here')\n")
+    command = perdure("run", "--store", tmp_path.as_uri(), str(script))
+    result = subprocess.run(
+        [sys.executable, "-X", "importtime", *command],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=tmp_path,
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "here" in result.stdout
+    loaded = {name.split(".")[0] for name in re.findall(r"\|\s*([\w.]+)$", result.stderr, re.M)}
+    assert "perdure" in loaded, "-X importtime told nothing"
+    assert not loaded & {"torch", "ray", "rich", "numpy", "obstore", "fsspec", "s3fs"}
