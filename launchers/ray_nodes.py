@@ -50,14 +50,15 @@ class LocalRay:
         self._sessions: dict[str, int] = {}
 
     def __enter__(self) -> Self:
-        self._temp = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # socket paths are at most 107 long
+        self._temp = tempfile.mkdtemp(
+            prefix="ray-", dir="/tmp"
+        )  # socket paths are at most 107 long
         try:
             head = self._begin(self.names[0], *_HEAD, "--port=0", f"--temp-dir={self._temp}")
             _finish(head)
             self.address = (Path(self._temp) / "ray_current_cluster").read_text().strip()
-            others = [self._begin(name, f"--address={self.address}") for name in self.names[1:]]
-            for other in others:
-                _finish(other)
+            for name in self.names[1:]:  # not at once: two beginners have been seen to collide
+                _finish(self._begin(name, f"--address={self.address}"))
         except BaseException:
             self.stop()
             raise

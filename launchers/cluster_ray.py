@@ -1,0 +1,294 @@
+"""Nodes of a Ray cluster, one agent on each, behind `runtime/cluster.py`.
+
+All calls into Ray are made by one thread of this class, because any of them may block: on a control
+store that is away, on a node that is gone. The driver only reads what that thread found last.
+
+Ray's word that a node died comes after 15 s (killed) or 65 s (silent), and it also comes when only
+its raylet died and the ranks train on. So it is a second opinion here: an agent is told as lost
+when Ray or its anchor says so *and* its port does not answer. The driver's own beats are faster.
+
+An actor whose processors are taken between our look and Ray's would wait for ever; it is given up
+after a bound, and its node is left alone for a while. Never: two agents of a run on one node.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayError
+
+import perdure
+from perdure.launchers.ray_agent import (
+    NAMESPACE,
+    STOP_S,
+    AgentAnchor,
+    RayNode,
+    actor_options,
+    agent_prefix,
+    alive_nodes,
+    new_token,
+    resources_of,
+)
+from perdure.runtime.cluster import AgentEndpoint, ClusterView
+from perdure.runtime.spec import JobSpec
+
+CALL_S = 10.0  # bound of a call to an actor that is up
+START_S = 60.0  # from creating an anchor to its agent's port: Ray starts a worker for it
+AVOID_S = 30.0  # a node on which an anchor failed to start is not tried again before
+SECOND_OPINION_S = 5.0  # between two looks at the port of an agent that Ray has lost
+TURN_S = 0.25
+
+
+@dataclass(slots=True)
+class _Anchor:
+    """Our side of one anchor actor. `pending` is the call that was left hanging."""
+
+    node: str
+    handle: Any
+    pending: Any  # ObjectRef of start(), then of ended()
+    deadline: float  # of start()
+    endpoint: AgentEndpoint | None = None
+    asked_again: float = float(
+        "-inf"
+    )  # when its port was last tried, after Ray had lost the anchor
+
+
+class RayCluster:
+    """The protocol `runtime.cluster.Cluster` on the Ray cluster that this process is connected to.
+
+    `token` opens the run's agents: given by a caller that has one, else taken from the agents that an
+    earlier controller of the run left behind, else new.
+    """
+
+    def __init__(self, spec: JobSpec, token: str | None = None) -> None:
+        self._spec = spec
+        self._count, self._exclude = 0, frozenset[str]()
+        self._anchors: dict[str, _Anchor] = {}
+        self._avoid: dict[str, tuple[float, str]] = {}  # node: until when, and why
+        self._lock = threading.Lock()
+        self._told: list[tuple[str, str]] = []
+        self._view = ClusterView(agents=(), waiting_for="looking at the Ray cluster")
+        self._wake = threading.Event()
+        self._closing = False
+        self._closed = threading.Event()
+        self._remote: Callable[..., Any] = ray.remote(AgentAnchor).options
+        self._adopt()
+        self.token = token or next(
+            (a.endpoint.token for a in self._anchors.values() if a.endpoint), new_token()
+        )
+        self._publish("")
+        self._thread = threading.Thread(target=self._work, name="ray-cluster", daemon=True)
+        self._thread.start()
+
+    # What the driver calls: none of it waits for Ray, except close.
+
+    def request(self, count: int, exclude: frozenset[str]) -> None:
+        with self._lock:
+            self._count, self._exclude = count, exclude
+        self._wake.set()
+
+    def poll(self) -> ClusterView:
+        with self._lock:
+            told, self._told = tuple(self._told), []
+            return ClusterView(
+                agents=self._view.agents, lost=told, waiting_for=self._view.waiting_for
+            )
+
+    def close(self) -> None:
+        self._closing = True
+        self._wake.set()
+        self._closed.wait(STOP_S + 2.0)
+
+    # The thread.
+
+    def _work(self) -> None:
+        while not self._closing:
+            try:
+                waiting_for = self._turn()
+            except RayError as error:
+                waiting_for = f"Ray does not answer: {_line(error)}"
+            self._publish(waiting_for)
+            self._wake.wait(TURN_S)
+            self._wake.clear()
+        self._end(list(self._anchors.values()))
+        self._anchors.clear()
+        self._publish("")
+        self._closed.set()
+
+    def _turn(self) -> str:
+        with self._lock:
+            count, exclude = self._count, self._exclude
+        for anchor in list(self._anchors.values()):
+            self._look_at(anchor)
+        if unwanted := [a for a in self._anchors.values() if a.node in exclude]:
+            self._end(unwanted)
+            for anchor in unwanted:
+                del self._anchors[anchor.node]
+        missing = count - len(self._anchors)
+        if missing > 0:
+            nodes = alive_nodes()
+            for node in self._places(nodes, exclude)[:missing]:
+                self._place(node)
+        else:
+            nodes = []
+        return self._waiting_for(count, exclude, nodes)
+
+    def _adopt(self) -> None:
+        """Find the agents that an earlier controller of this run left behind."""
+        prefix = agent_prefix(self._spec.run)
+        names = [
+            entry["name"]
+            for entry in ray.util.list_named_actors(all_namespaces=True)
+            if entry["namespace"] == NAMESPACE and entry["name"].startswith(prefix)
+        ]
+        asked = []
+        for name in names:
+            with contextlib.suppress(ValueError):  # died since it was listed
+                handle = ray.get_actor(name, namespace=NAMESPACE)
+                asked.append((handle, handle.where.remote()))
+        if asked:
+            ray.wait([ref for _, ref in asked], num_returns=len(asked), timeout=CALL_S)
+        for handle, ref in asked:
+            try:
+                where = ray.get(ref, timeout=0)
+            except (RayError, GetTimeoutError):
+                ray.kill(handle)  # never started, or its node is gone: of no use to anyone
+                continue
+            if where.pop("run") == self._spec.run:  # "a" is also the beginning of "a-b"
+                node = where["node"]
+                self._anchors[node] = _Anchor(
+                    node=node,
+                    handle=handle,
+                    pending=handle.ended.remote(),
+                    deadline=0.0,
+                    endpoint=AgentEndpoint(**where),
+                )
+
+    def _look_at(self, anchor: _Anchor) -> None:
+        done, _ = ray.wait([anchor.pending], timeout=0)
+        if anchor.endpoint is None:
+            if done:
+                self._started(anchor)
+            elif time.monotonic() > anchor.deadline:
+                self._give_up(anchor, f"no agent came up there within {START_S:.0f} s")
+            return
+        if not done:
+            return
+        try:
+            why = str(ray.get(anchor.pending, timeout=0))
+        except RayError as error:
+            if time.monotonic() < anchor.asked_again + SECOND_OPINION_S:
+                return
+            anchor.asked_again = time.monotonic()
+            if _answers(anchor.endpoint):
+                return  # Ray lost its anchor, not its ranks
+            why = f"Ray says: {_line(error)}"
+        del self._anchors[anchor.node]
+        with contextlib.suppress(RayError):
+            ray.kill(anchor.handle)  # frees the name and the cards
+        with self._lock:
+            self._told.append((anchor.node, why))
+
+    def _started(self, anchor: _Anchor) -> None:
+        try:
+            where = ray.get(anchor.pending, timeout=0)
+        except RayError as error:
+            self._give_up(anchor, _line(error))
+            return
+        where.pop("run")
+        anchor.endpoint = AgentEndpoint(**where)
+        anchor.pending = anchor.handle.ended.remote()
+
+    def _give_up(self, anchor: _Anchor, why: str) -> None:
+        del self._anchors[anchor.node]
+        self._avoid[anchor.node] = (time.monotonic() + AVOID_S, why)
+        self._end([anchor])
+
+    def _places(self, nodes: list[RayNode], exclude: frozenset[str]) -> list[RayNode]:
+        """Where an agent can be started now, those with the most free cards first."""
+        now = time.monotonic()
+        wanted = resources_of(self._spec)
+        (kind,) = wanted
+        usable = [
+            node
+            for node in nodes
+            if node.name not in self._anchors
+            and node.name not in exclude
+            and self._avoid.get(node.name, (0.0, ""))[0] <= now
+            and node.free.get(kind, 0.0) >= wanted[kind]
+        ]
+        return sorted(usable, key=lambda node: (-node.free.get(kind, 0.0), node.name))
+
+    def _place(self, node: RayNode) -> None:
+        run, slots = self._spec.run, self._spec.nproc_per_node
+        try:
+            handle = self._remote(**actor_options(self._spec, node)).remote(run, node.name, slots)
+        except ValueError:  # the name is taken: an anchor that was killed and not yet forgotten
+            self._avoid[node.name] = (time.monotonic() + 1.0, "an earlier agent is still ending")
+            return
+        self._anchors[node.name] = _Anchor(
+            node=node.name,
+            handle=handle,
+            pending=handle.start.remote(self.token, perdure.__version__),
+            deadline=time.monotonic() + START_S,
+        )
+
+    def _end(self, anchors: list[_Anchor]) -> None:
+        """Agents first, so that nothing is left behind; then the anchors that hold the cards."""
+        stops = [anchor.handle.stop.remote() for anchor in anchors if anchor.endpoint]
+        if stops:
+            ray.wait(stops, num_returns=len(stops), timeout=STOP_S)
+        for anchor in anchors:
+            with contextlib.suppress(RayError, ValueError):  # dead already: nothing to end
+                ray.kill(anchor.handle)
+
+    def _publish(self, waiting_for: str) -> None:
+        agents = tuple(a.endpoint for _, a in sorted(self._anchors.items()) if a.endpoint)
+        with self._lock:
+            self._view = ClusterView(agents=agents, waiting_for=waiting_for)
+
+    def _waiting_for(self, count: int, exclude: frozenset[str], nodes: list[RayNode]) -> str:
+        up = sum(1 for anchor in self._anchors.values() if anchor.endpoint)
+        if up >= count:
+            return ""
+        words = f"{up} of {count} nodes"
+        if starting := [a.node for a in self._anchors.values() if a.endpoint is None]:
+            words += f"; starting on {', '.join(sorted(starting))}"
+        if len(self._anchors) < count:
+            (kind, slots), *_ = resources_of(self._spec).items()
+            others = [n for n in nodes if n.name not in self._anchors]
+            seen = [
+                f"{n.name}: "
+                + (
+                    "excluded"
+                    if n.name in exclude
+                    else self._avoid[n.name][1]
+                    if n.name in self._avoid
+                    else f"{n.free.get(kind, 0):g} of {n.total.get(kind, 0):g} {kind} free"
+                )
+                for n in others
+            ]
+            words += f"; no further node has {slots:g} free {kind}"
+            words += f" ({'; '.join(seen)})" if seen else " (the Ray cluster has no other node)"
+        return words
+
+
+def _answers(endpoint: AgentEndpoint) -> bool:
+    try:
+        socket.create_connection((endpoint.host, endpoint.port), timeout=2.0).close()
+    except OSError:
+        return False
+    return True
+
+
+def _line(error: BaseException) -> str:
+    """The last line of Ray's report says what it was; the rest is where."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1][:300] if lines else type(error).__name__
