@@ -148,6 +148,8 @@ def test_the_launcher_of_a_whole_job_imports_nothing_heavy(tmp_path: Path) -> No
     )
     assert result.returncode == 0, result.stderr[-2000:]
     assert "here" in result.stdout
-    loaded = {name.split(".")[0] for name in re.findall(r"\|\s*([\w.]+)$", result.stderr, re.M)}
+    loaded = {
+        name.split(".")[0] for name in re.findall(r"\|\s*([\w.]+)$", result.stderr, re.MULTILINE)
+    }
     assert "perdure" in loaded, "-X importtime told nothing"
     assert not loaded & {"torch", "ray", "rich", "numpy", "obstore", "fsspec", "s3fs"}

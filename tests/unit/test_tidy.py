@@ -26,6 +26,11 @@ PURE = (
     "runtime/spec.py",
     "runtime/errors.py",
     "checkpoint/errors.py",
+    "checkpoint/assembly.py",
+    "checkpoint/boxes.py",
+    "checkpoint/codec.py",
+    "checkpoint/keys.py",
+    "checkpoint/leaves.py",
     "checkpoint/manifest.py",
     "checkpoint/plan.py",
 )
