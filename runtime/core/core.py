@@ -108,6 +108,7 @@ class Core(Moves):
         s.term, s.counter = event.term, event.counter
         s.line = list(event.line)
         s.had_commit = bool(s.line)
+        s.furthest = s.line[0].step if s.line else 0
         self.wait(event.by if not s.line else f"{event.by}, from step {s.line[0].step}")
         self.request(event.by)
 
@@ -141,6 +142,8 @@ class Core(Moves):
             if silent_s >= self.spec.timers.takeover_s and node not in s.away:
                 why = f"silent for {silent_s:.1f} s"
                 self._lose_if_known(node, "node_silent", why, exclude=True)
+        if event.late:
+            self.tend()  # after all of them: none may be chosen for the place of another
 
     def _rank_exited(self, event: events.RankExited) -> None:
         s = self.state
@@ -160,6 +163,7 @@ class Core(Moves):
 
     def _node_lost(self, event: events.NodeLost) -> None:
         self._lose_if_known(event.node, "node_lost", event.why)
+        self.tend()
 
     def _lose_if_known(self, node: str, kind: str, why: str, *, exclude: bool = False) -> None:
         s = self.state
@@ -169,7 +173,6 @@ class Core(Moves):
         elif node in s.offered or node in s.stopping or any(m.node == node for m in s.members):
             blame: Blame = "network" if kind == "node_silent" else "node"
             self.lose(node, kind, blame, why, exclude=exclude)
-            self.tend()
 
     def _gang_stopped(self, event: events.GangStopped) -> None:
         s = self.state

@@ -25,8 +25,15 @@ def check(spec: JobSpec, state: CoreState, commands: list[Command]) -> None:
             _check_launch(spec, state, command)
             if any(isinstance(later, LaunchGang) for later in commands[at + 1 :]):
                 _broken("two gangs were launched in one step")
-        elif isinstance(command, StopGang) and command.attempt != state.attempt:
-            _broken(f"a stop of {command.attempt} while {state.attempt} is the newest")
+        elif isinstance(command, StopGang):
+            _check_stop(state, command, commands)
+
+
+def _check_stop(state: CoreState, stop: StopGang, commands: list[Command]) -> None:
+    """A stop ends the newest attempt at most, and never the one that is launched beside it."""
+    launched = any(isinstance(c, LaunchGang) and c.attempt <= stop.attempt for c in commands)
+    if state.attempt is None or stop.attempt > state.attempt or launched:
+        _broken(f"a stop of {stop.attempt} while {state.attempt} is the newest")
 
 
 def _check_launch(spec: JobSpec, state: CoreState, launch: LaunchGang) -> None:

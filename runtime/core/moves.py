@@ -153,6 +153,7 @@ class Moves:
             s.barren.append(cause.signature)
         elif cause.signature:
             s.barren.clear()
+        s.furthest = max(s.furthest, policy.reached(s))
         since = s.now_s - self.spec.budget.window_s
         s.restarts = [at for at in s.restarts if at > since]
         end = policy.give_up(self.spec, s, cause)

@@ -126,17 +126,21 @@ def judge(causes: Iterable[Cause], exits: Mapping[int, ExitReport], now_s: float
     )
 
 
-def steps_made(state: CoreState) -> int:
-    """Steps of the newest attempt. A script may count from its checkpoint, or from 0 each time."""
-    if state.first_step is None:
-        return 0
+def reached(state: CoreState) -> int:
+    """The step of the whole run that the newest attempt came to.
+
+    A script may count from its checkpoint on, or from 0 each time: then its first count is lower.
+    """
     base = state.restore.step if state.restore is not None else 0
-    return state.step - (base if state.first_step >= base else 0)
+    if state.first_step is None:
+        return base
+    return state.step + (base if state.first_step < base else 0)
 
 
 def is_barren(spec: JobSpec, state: CoreState, cause: Cause) -> bool:
     newer = bool(state.line) and state.line[0] != state.restore
-    return bool(cause.signature) and not newer and steps_made(state) < spec.budget.no_progress_steps
+    gained = reached(state) - state.furthest
+    return bool(cause.signature) and not newer and gained < spec.budget.no_progress_steps
 
 
 def give_up(spec: JobSpec, state: CoreState, cause: Cause) -> tuple[int, str] | None:

@@ -104,6 +104,7 @@ class CoreState:
     restarts: list[float] = field(default_factory=list)  #: times, within the window
     restarts_total: int = 0
     script_restarts: int = 0  # those that count against --max-restarts
+    furthest: int = 0  # the highest step that any earlier attempt reached
     barren: list[str] = field(
         default_factory=list
     )  #: signatures of ends without progress, in a row

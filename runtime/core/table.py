@@ -37,8 +37,10 @@ Restart or end
   Always: at most budget.restarts within budget.window_s, then 93. With --max-restarts: that many
   restarts for ends blamed on the user, on memory, or on nothing known; then the script's own exit
   code. Always: budget.no_progress_attempts ends in a row with one signature, no newer commit and
-  fewer than no_progress_steps steps are no progress: 93. Ends by node, network, device, storage or
-  preemption, and signals from outside, neither count nor clear the row.
+  fewer than no_progress_steps steps beyond the furthest that any attempt had come to are no
+  progress: 93. (Beyond the furthest, not since the restore: a script that fails each time at step
+  480, with its last commit at 400, gains nothing by the 80 steps that it makes again.) Ends by node,
+  network, device, storage or preemption, and signals from outside, neither count nor clear the row.
 
 Checkpoints
   The restore point is the newest commit on the line. It moves back only past a commit marked bad, or

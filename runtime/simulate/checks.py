@@ -68,14 +68,15 @@ class Checks:
             self._fail(f"{point} was never committed and is to be restored")
         if point is not None and point in store.bad:
             self._fail(f"{point} is marked bad and is to be restored")
-        if point is None and store.line():
-            self._fail(f"{launch.attempt} begins from nothing, and {store.line()[0]} is there")
+        line = [p for p in store.line({a: p for _, a, p in self.launched}) if p in store.told]
+        if line and (point is None or point < line[0]):
+            self._fail(f"{launch.attempt} begins from {point}, and {line[0]} was there")
         if self.launched:
             last = self.launched[-1][2]
             if last is not None and last not in store.bad and (point is None or point < last):
                 self._fail(f"the restore point went back from {last} to {point}")
-        if (on_line := store.line()) and point is not None and point not in on_line:
-            self._fail(f"{point} is not on the line {on_line[:3]}")
+        if point is not None and point not in line:
+            self._fail(f"{point} is not on the line {line[:3]}")
         self.launched.append((now, launch.attempt, point))
         since = now - self.spec.budget.window_s
         recent = sum(at > since for at, _, _ in self.launched)

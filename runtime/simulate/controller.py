@@ -20,12 +20,14 @@ from perdure.runtime.core.commands import (
 from perdure.runtime.core.core import Core
 from perdure.runtime.core.events import (
     BeatsSeen,
+    CheckpointCommitted,
     CommandFailed,
     Event,
     NodeLost,
     NodeOffer,
     NodesOffered,
     RankExited,
+    RestorePoint,
     Started,
     Tick,
     TookOver,
@@ -85,6 +87,7 @@ class Controller:
         waiting, self._waiting = self._waiting, None
         answers = tuple(world.answer(node) for node in answered)
         line = world.store.line()
+        world.store.told.update(line)
         self.feed(TookOver(at_s=world.now, term=self.term, answers=answers, line=line))
         for event in waiting:
             self.feed(event)
@@ -99,6 +102,8 @@ class Controller:
     def receive(self, node: Node, event: Event) -> None:
         if node.name in self.heard:
             self.heard[node.name] = self.world.now
+            if isinstance(event, CheckpointCommitted):
+                self.world.store.told.add(RestorePoint(event.step, event.attempt))
             self.feed(event)
 
     def lost(self, node: Node, incarnation: int, event: NodeLost) -> None:

@@ -226,6 +226,7 @@ EFFECTS = (
     "commit_corrupted",
     "controller_died",
     "fenced",
+    "late_launch",
     "launch_failed",
     "request_failed",
     "restore_failed",

@@ -10,6 +10,7 @@ import random
 from collections import Counter
 from dataclasses import dataclass
 
+from perdure.runtime.core.commands import Command
 from perdure.runtime.simulate.checks import Violation
 from perdure.runtime.simulate.controller import Controller
 from perdure.runtime.simulate.faults import KINDS, Faults
@@ -142,8 +143,8 @@ def _trace(world: World) -> None:
     """Print every command as it is checked, and every fault as it fires."""
     inner = world.checks.command
 
-    def command(one: object) -> None:
+    def command(one: Command) -> None:
         print(f"{world.now:9.3f}   {one}")
-        inner(one)  # type: ignore[arg-type]
+        inner(one)
 
-    world.checks.command = command  # type: ignore[method-assign]
+    world.checks.command = command  # type: ignore[method-assign,assignment]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from perdure.runtime.core.events import Attempt, RestorePoint
 
 
@@ -9,12 +11,19 @@ class Store:
     def __init__(self) -> None:
         self.commits: dict[RestorePoint, bool] = {}  # whether its bytes are corrupt
         self.bad: set[RestorePoint] = set()
+        self.told: set[RestorePoint] = set()  # commits that a controller has heard of
         self.restored: dict[Attempt, RestorePoint | None] = {}  # the attempts' records
 
-    def line(self) -> tuple[RestorePoint, ...]:
-        """Newest first: the newest recorded attempt's commits, then its ancestors' (DESIGN part 4)."""
+    def line(
+        self, restored: Mapping[Attempt, RestorePoint | None] | None = None
+    ) -> tuple[RestorePoint, ...]:
+        """Newest first: the newest recorded attempt's commits, then its ancestors' (DESIGN part 4).
+
+        `restored`: what each attempt really began from, where the records may lag behind.
+        """
         line: list[RestorePoint] = []
-        attempt = max(self.restored, default=None)
+        records = self.restored if restored is None else restored
+        attempt = max(records, default=None)
         below: RestorePoint | None = None
         while attempt is not None:
             own = [
@@ -23,6 +32,6 @@ class Store:
                 if p.attempt == attempt and (below is None or p.step <= below.step)
             ]
             line += sorted(own, reverse=True)
-            below = self.restored.get(attempt)
+            below = records.get(attempt)
             attempt = below.attempt if below is not None else None
         return tuple(p for p in line if p not in self.bad)

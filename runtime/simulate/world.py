@@ -56,7 +56,7 @@ class Node:
     stuck_until: float = 0.0  # its processes do not die, its agent lives
     term: int = 0
     attempt: Attempt | None = None
-    stopped: Attempt = Attempt(0, 0)  # nothing up to this may run
+    stopped: Attempt | None = None  # nothing up to this may run
     members: tuple[Member, ...] = ()
     restore: RestorePoint | None = None
     ranks: set[int] = field(default_factory=set)
@@ -69,6 +69,9 @@ class Node:
 
     def hears(self, now: float) -> bool:
         return self.agent and now >= self.cut_until and now >= self.frozen_until
+
+    def refuses(self, attempt: Attempt) -> bool:
+        return self.stopped is not None and attempt <= self.stopped
 
 
 @dataclass(slots=True)
@@ -168,7 +171,10 @@ class World:
     # What agents do.
     def launch(self, node: Node, command: LaunchGang) -> None:
         attempt = command.attempt
-        if node.attempt is not None and attempt <= node.attempt or attempt <= node.stopped:
+        if node.attempt is not None and attempt <= node.attempt or node.refuses(attempt):
+            return
+        if self.now >= node.lease_until:
+            self.fired["late_launch"] += 1  # it lay in the link of a frozen node: too late to obey
             return
         node.attempt, node.members, node.restore = attempt, command.members, command.restore
         node.ranks, node.ended = set(), {}
@@ -187,7 +193,7 @@ class World:
         def spawn() -> None:
             if node.incarnation != incarnation or node.attempt != attempt:
                 return
-            if attempt <= node.stopped or not node.agent:
+            if node.refuses(attempt) or not node.agent:
                 return
             self.checks.ranks_start(attempt, node)
             (mine,) = (m for m in node.members if m.node == node.name)
@@ -198,7 +204,8 @@ class World:
         self.after(0.01, 0.3, spawn)
 
     def stop(self, node: Node, command: StopGang) -> None:
-        node.stopped = max(node.stopped, command.attempt)
+        if not node.refuses(command.attempt):
+            node.stopped = command.attempt
         if self.now < node.stuck_until:
             self.fired["stop_ignored"] += 1
             return
@@ -319,6 +326,10 @@ class World:
             return
         if any(n.attempt != gang.attempt or not n.ranks or not n.hears(self.now) for n in nodes):
             return
+        if late := [n for n in nodes if self.now >= n.lease_until]:
+            for node in late:
+                self.fence(node)
+            return
         self.checks.gang_steps(gang.attempt)
         gang.since = self.now
         gang.began_at = gang.began_at or self.now
@@ -421,12 +432,16 @@ class World:
         for node in self.nodes.values():
             if not node.ranks or self.now < node.frozen_until:
                 continue
-            if self.controller is None and node.hears(self.now):
+            if self.controller is None and node.hears(self.now) and self.now < node.lease_until:
                 peers = [self.nodes[m.node] for m in node.members]
                 up = sum(p.hears(self.now) and p.attempt == node.attempt for p in peers)
                 if 2 * up > len(peers):
                     node.lease_until = self.now + self.spec.timers.fence_s
             if self.now >= node.lease_until and self.now >= node.stuck_until:
-                self.fired["fenced"] += 1
-                for rank in sorted(node.ranks):
-                    self.end_rank(node, rank, signal=9, by_us=True)
+                self.fence(node)
+
+    def fence(self, node: Node) -> None:
+        """A rank that wakes after its lease leaves before its next step."""
+        self.fired["fenced"] += 1
+        for rank in sorted(node.ranks):
+            self.end_rank(node, rank, signal=9, by_us=True)
