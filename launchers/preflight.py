@@ -172,10 +172,39 @@ def check_new(store: Store, run: str) -> None:
         )
 
 
-def check_sharing(spec: JobSpec) -> None:
-    """What one machine can see of it; each node then proves it with the run's nonce."""
-    if spec.nnodes + spec.spares > 1 and spec.store.startswith("memory://"):
+def check_sharing(spec: JobSpec, cluster: str) -> None:
+    """What this machine can see of it; each node then proves a folder by reading the run's nonce."""
+    if spec.store.startswith("memory://"):
         raise StoreProblem(
-            f"{spec.store} is the memory of one process: {spec.nnodes} nodes cannot share it",
+            f"{spec.store} is the memory of one process, and a job is several",
+            hint="use --store s3://BUCKET/PREFIX, or a folder",
+        )
+    if cluster != "local" and spec.store.startswith("file://") and _is_private(spec.store):
+        raise StoreProblem(
+            f"{spec.store} is this machine's own state folder, and the job runs on others",
             hint="use --store s3://BUCKET/PREFIX, or a folder that every node mounts",
+        )
+
+
+def _is_private(url: str) -> bool:
+    from perdure.launchers.settings import home
+
+    return url.startswith(f"file://{os.path.abspath(home())}/") and "PERDURE_HOME" not in os.environ
+
+
+def check_inside(spec: JobSpec) -> None:
+    """A script that is not in the package would be missing on every other node."""
+    if spec.entry != "script":
+        return
+    script = os.path.realpath(os.path.join(spec.cwd, spec.argv[0]))
+    if not script.startswith(os.path.realpath(spec.cwd) + os.sep):
+        raise UsageError(
+            f"{spec.argv[0]} lies outside the working folder {spec.cwd}, which is what is sent to "
+            "the nodes",
+            hint="start from the folder of the code, or use --code none when every node has it",
+        )
+    if os.path.isabs(spec.argv[0]):
+        raise UsageError(
+            f"{spec.argv[0]} is an absolute path, and the code lies elsewhere on the nodes",
+            hint=f"name it from the working folder: {os.path.relpath(script, spec.cwd)}",
         )

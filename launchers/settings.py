@@ -13,7 +13,7 @@ import secrets as random_source
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import cast, get_args
+from typing import Literal, cast, get_args
 from urllib.parse import urlsplit
 
 from perdure.launchers.options import Given
@@ -284,11 +284,11 @@ def step_wanted(given: Given) -> int | None:
     return _maybe(given, "step", least=0)
 
 
-def _code(given: Given) -> str:
+def _code(given: Given) -> Literal["package", "none"]:
     how = given.text("code") or "package"
-    if how not in {"package", "none"}:
-        raise UsageError(f"{given.spelled('code')} {how!r} is not known", hint="package or none")
-    return how
+    if how in {"package", "none"}:
+        return cast(Literal["package", "none"], how)
+    raise UsageError(f"{given.spelled('code')} {how!r} is not known", hint="package or none")
 
 
 def _std(given: Given, dest: str) -> str:
