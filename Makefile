@@ -29,6 +29,7 @@ format: $(VENV)/.perdure-installed
 	$(BIN)/ruff check --fix .
 
 bench: $(VENV)/.perdure-installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,bench]'
 	$(BIN)/python -m perdure.benchmarks
 
 chaos: $(VENV)/.perdure-installed
