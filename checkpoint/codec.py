@@ -292,16 +292,16 @@ def _tensor(raw: Any) -> Tensor:
     dtype, shape = f.text("dtype"), _ints(f.take("shape"), "shape")
     if "grid" in raw:
         cell, first, strides = f.items("grid")
-        split: Split = Grid(
-            _ints(cell, "cell"), _whole(first, "first"), tuple(int(s) for s in strides)
+        grid = Grid(_ints(cell, "cell"), _whole(first, "first"), tuple(int(s) for s in strides))
+        fits = len(grid.cell) == len(grid.strides) == len(shape) and all(
+            c > 0 or n == 0 for c, n in zip(grid.cell, shape, strict=True)
         )
-        fits = len(split.cell) == len(split.strides) == len(shape) and all(
-            c > 0 or n == 0 for c, n in zip(split.cell, shape, strict=True)
-        )
+        split: Split = grid
     else:
         parts = ((w, Box(_ints(o, "offsets"), _ints(s, "sizes"))) for w, o, s in f.items("parts"))
-        split = Parts(tuple(Part(_whole(writer, "writer"), box) for writer, box in parts))
-        fits = all(len(p.box.offsets) == len(p.box.sizes) == len(shape) for p in split.parts)
+        held = tuple(Part(_whole(writer, "writer"), box) for writer, box in parts)
+        fits = all(len(p.box.offsets) == len(p.box.sizes) == len(shape) for p in held)
+        split = Parts(held)
     f.done()
     if not fits:
         raise FormatError("a tensor's boxes have not its dimensions")

@@ -27,7 +27,7 @@ import re
 import threading
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 from urllib.parse import urlsplit, urlunsplit
@@ -157,7 +157,7 @@ class Store(abc.ABC):
     def _get(self, key: str, begin: int, end: int | None) -> bytes: ...
 
     @abc.abstractmethod
-    def _list(self, prefix: str) -> list[Entry]: ...
+    def _list(self, prefix: str) -> Sequence[Entry]: ...
 
     @abc.abstractmethod
     def _delete(self, key: str) -> None: ...
