@@ -11,7 +11,8 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from perdure.launchers.options import COMMANDS, LATER, Command, Given, nearest, parser, read
+from perdure.launchers.option_table import COMMANDS, LATER, Command
+from perdure.launchers.options import Given, nearest, parser, read
 from perdure.runtime.errors import PerdureError, UsageError
 
 INTERRUPTED = 130

@@ -74,10 +74,7 @@ def resume(given: Given) -> int:
     back = ResumeFrom(
         step=settings.step_wanted(given), takeover=given.flag("takeover"), on_wait=say
     )
-    if given.command.name == "resume" and plan.cluster == "local":
-        return _foreground(plan, None, back)
-    _submit(plan, back)
-    return _watch(plan)
+    return _foreground(plan, None, back)
 
 
 def say(text: str) -> None:
@@ -151,12 +148,9 @@ def _submit(plan: Plan, back: ResumeFrom | None) -> None:
 
         submit_local(plan.spec, plan.secrets, resume=back)
         return
-    from perdure.launchers import records
-    from perdure.launchers.cluster_ray import submit_ray
+    from perdure.launchers.ray_submit import submit_ray
 
-    address = None if plan.cluster == "ray" else plan.cluster
-    record = submit_ray(plan.spec, plan.secrets, address, resume=back)
-    records.write(record)
+    submit_ray(plan.spec, plan.secrets, plan.cluster, resume=back, say=say)
 
 
 def _watch(plan: Plan) -> int:

@@ -90,7 +90,7 @@ def connect(found: Found) -> ControllerClient | None:
             from perdure.launchers import controller_client
 
             return controller_client.connect(found.record)
-        from perdure.launchers.cluster_ray import connect_ray
+        from perdure.launchers.ray_submit import connect_ray
 
         return connect_ray(found.record)
     except (WireError, OSError):

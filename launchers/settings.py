@@ -107,7 +107,9 @@ def plan_resume(
     cluster = _cluster(given) if given.text("cluster") else cluster
     values, secret = _environment(given, environ)
     for name in old.secret_env:
-        if name in secret or name in values:
+        if name in values:  # once a secret, always one, however it is passed now
+            secret[name] = values.pop(name)
+        if name in secret:
             continue
         if name not in environ:
             raise UsageError(
