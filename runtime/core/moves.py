@@ -60,6 +60,8 @@ class Moves:
     def tend(self) -> None:
         """Clean nodes that came back; launch if the job waits and can go."""
         s = self.state
+        if s.phase == "finished":
+            return
         if s.attempt is not None and s.away:
             back = sorted(n for n in s.away if n in s.offered and n not in s.excluded)
             if back:

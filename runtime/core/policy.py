@@ -151,7 +151,7 @@ def give_up(spec: JobSpec, state: CoreState, cause: Cause) -> tuple[int, str] | 
     why = cause.fault.because
     cap = spec.max_restarts
     if cap is not None and is_capped(cause) and state.script_restarts >= cap:
-        return cause.exit_code, f"{why}; {cap} restarts (--max-restarts) are used up"
+        return cause.exit_code, f"{why}; --max-restarts {cap} is used up"
     attempts = spec.budget.no_progress_attempts
     if len(state.barren) >= attempts and len(set(state.barren[-attempts:])) == 1:
         return NO_PROGRESS, f"{attempts} attempts in a row made no progress: {why}"

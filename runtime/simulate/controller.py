@@ -75,6 +75,8 @@ class Controller:
 
     def _link(self, node: Node) -> None:
         node.term = max(node.term, self.term)
+        if node.ranks and self.world.now >= node.lease_until:
+            self.world.fence(node)  # a lease that ran out is never renewed for the same ranks
         self.heard[node.name] = self.world.now
         node.lease_until = self.world.now + self.world.spec.timers.fence_s
 

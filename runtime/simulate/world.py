@@ -268,6 +268,7 @@ class World:
         node.incarnation += 1
         node.ranks, node.ended, node.attempt, node.members = set(), {}, None, ()
         node.restore, node.term = None, 0
+        node.lose_acks, node.delay_acks_s = 0, 0.0
         incarnation = node.incarnation
 
         def refuse() -> None:
