@@ -54,6 +54,8 @@ def main() -> int:
         say("2. a Ray cluster of three nodes on this machine")
         nodes = stack.enter_context(LocalRay(3, cpus=2))
         told(f"{', '.join(nodes.names)} at {nodes.address}")
+        # Only now, and only here: the nodes get the store's credentials over the run's own wire.
+        os.environ |= s3_environment(endpoint)
 
         say("3. training on two nodes with two ranks each, one spare; one node will be killed")
         killed = Training("killed", nodes, spares=1)
@@ -217,21 +219,13 @@ def compare(killed: Training, alone: Training) -> bool:
 
 @contextlib.contextmanager
 def s3_server() -> Iterator[str]:
-    """moto's server in a process of its own; its URL. The environment then points at it."""
+    """moto's server in a process of its own, with the bucket; its URL."""
     import boto3
 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     endpoint = f"http://127.0.0.1:{port}"
-    os.environ |= {
-        "AWS_ENDPOINT_URL": endpoint,
-        "AWS_ACCESS_KEY_ID": "demo",
-        "AWS_SECRET_ACCESS_KEY": "demo",
-        "AWS_REGION": "us-east-1",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_ALLOW_HTTP": "true",
-    }
     with (OUT / "s3-server.log").open("w") as log:
         server = subprocess.Popen(
             [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
@@ -247,11 +241,28 @@ def s3_server() -> Iterator[str]:
                 socket.create_connection(("127.0.0.1", port), timeout=1.0).close()
                 break
             time.sleep(0.1)
-        boto3.client("s3").create_bucket(Bucket=BUCKET)
+        boto3.client(
+            "s3",
+            endpoint_url=endpoint,
+            region_name="us-east-1",
+            aws_access_key_id="demo",
+            aws_secret_access_key="demo",
+        ).create_bucket(Bucket=BUCKET)
         yield endpoint
     finally:
         server.kill()
         server.wait()
+
+
+def s3_environment(endpoint: str) -> dict[str, str]:
+    return {
+        "AWS_ENDPOINT_URL": endpoint,
+        "AWS_ACCESS_KEY_ID": "demo",
+        "AWS_SECRET_ACCESS_KEY": "demo",
+        "AWS_REGION": "us-east-1",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_ALLOW_HTTP": "true",
+    }
 
 
 def say(text: str) -> None:

@@ -42,23 +42,19 @@ class LocalRay:
     """
 
     def __init__(self, nodes: int, cpus: int) -> None:
-        self.names = tuple(f"node-{i}" for i in range(nodes))
+        self.names: tuple[str, ...] = ()
         self.address = ""
-        self._cpus = cpus
+        self._nodes, self._cpus = nodes, cpus
         self._id = uuid.uuid4().hex[:12]
         self._temp = ""
         self._sessions: dict[str, int] = {}
 
     def __enter__(self) -> Self:
-        self._temp = tempfile.mkdtemp(
-            prefix="ray-", dir="/tmp"
-        )  # socket paths are at most 107 long
+        # Ray puts sockets below it, and the path of a socket has at most 107 characters.
+        self._temp = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
         try:
-            head = self._begin(self.names[0], *_HEAD, "--port=0", f"--temp-dir={self._temp}")
-            _finish(head)
-            self.address = (Path(self._temp) / "ray_current_cluster").read_text().strip()
-            for name in self.names[1:]:  # not at once: two beginners have been seen to collide
-                _finish(self._begin(name, f"--address={self.address}"))
+            for _ in range(self._nodes):  # one by one: two beginners have been seen to collide
+                self.add()
         except BaseException:
             self.stop()
             raise
@@ -72,13 +68,24 @@ class LocalRay:
     ) -> None:
         self.stop()
 
+    def add(self) -> str:
+        """One node more; its name. Raises NoPlace when Ray cannot start it."""
+        name = f"node-{len(self.names)}"
+        self.names += (name,)
+        if not self.address:
+            _finish(self._begin(name, *_HEAD, "--port=0", f"--temp-dir={self._temp}"))
+            self.address = (Path(self._temp) / "ray_current_cluster").read_text().strip()
+        else:
+            _finish(self._begin(name, f"--address={self.address}"))
+        return name
+
     def pids(self, name: str) -> list[int]:
         """Every process of that node now, Ray's own and what runs on it."""
-        return _belonging(f"{self._id}/{name}", {self._sessions[name]})
+        return _belonging(f"{self._id}/{name}/", {self._sessions[name]})
 
     def kill_node(self, name: str) -> int:
         """SIGKILL to everything on the node; returns how many processes it was, when all are gone."""
-        return _kill_all(f"{self._id}/{name}", {self._sessions[name]})
+        return _kill_all(f"{self._id}/{name}/", {self._sessions[name]})
 
     def stop(self) -> None:
         """Idempotent. Raises RuntimeError if something cannot be killed."""
@@ -89,7 +96,7 @@ class LocalRay:
 
     def _begin(self, name: str, *options: str) -> subprocess.Popen[str]:
         started = _ray_start(
-            {MARK: f"{self._id}/{name}"},
+            {MARK: f"{self._id}/{name}/"},
             *options,
             f"--node-name={name}",
             f"--num-cpus={self._cpus}",

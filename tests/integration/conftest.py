@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from perdure.launchers.ray_nodes import LocalRay
+
 S3_START_S = 60.0
 
 
@@ -77,3 +79,13 @@ def s3() -> Iterator[S3Server]:
         except subprocess.TimeoutExpired:
             server.kill()
             server.wait()
+
+
+@pytest.fixture(scope="session")
+def ray_nodes() -> Iterator[LocalRay]:
+    """Three Ray nodes of two processors; a test that kills one adds one."""
+    import ray
+
+    with LocalRay(3, cpus=2) as nodes:
+        yield nodes
+        ray.shutdown()
