@@ -193,6 +193,7 @@ class JournalView:
     last_at: float | None  # seconds since the epoch; None: nothing was ever written
     state: Line | None  # the core's newest snapshot
     status: Line | None  # the newest `alive` status
+    opening: Line | None = None  # how a controller that decided nothing yet was told to begin
     finished: tuple[int, str] | None
     problems: tuple[str, ...] = ()
     segments: tuple[str, ...] = field(repr=False, default=())
@@ -211,7 +212,7 @@ class JournalView:
             except (ValueError, CheckpointError) as error:
                 yield {"kind": "damaged", "at": self.last_at, "key": key, "because": str(error)}
                 continue
-            yield from (line for line in lines if line["kind"] not in ("state", "alive"))
+            yield from (line for line in lines if line["kind"] not in ("state", "alive", "opening"))
 
 
 def read(store: Store) -> JournalView:
@@ -253,6 +254,7 @@ def _view(
         last_at=max((line["at"] for line in lines), default=None),
         state=newest["state"]["core"] if "state" in newest else None,
         status=newest["alive"]["status"] if "alive" in newest else None,
+        opening=newest.get("opening"),
         finished=(finish["exit_code"], finish["because"]) if finish is not None else None,
         problems=problems,
         segments=segments,

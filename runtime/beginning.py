@@ -1,0 +1,89 @@
+"""The first event of a controller, once all that it needs has come in.
+
+The checkpoints' history comes from the store's thread while agents are being dialled. A new core
+needs no more than that. One that goes on from a snapshot waits for the agents it knows of as well:
+each is asked until it answers, refuses, or was silent for so long that the core may count it as lost.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from perdure.checkpoint.store import Store
+from perdure.runtime.core.events import AgentAnswer, Attempt, Event, Started, TookOver
+from perdure.runtime.errors import StoreProblem
+from perdure.runtime.fleet import Fleet
+from perdure.runtime.opening import Line, Opening, read_line
+from perdure.runtime.performer import Performer
+from perdure.runtime.storework import StoreWorker
+
+
+class Beginning:
+    def __init__(
+        self,
+        opening: Opening,
+        *,
+        store: Store,
+        worker: StoreWorker,
+        fleet: Fleet,
+        performer: Performer,
+        patience_s: float,
+        say: Callable[[str, str], None],
+    ) -> None:
+        self._opening, self._store, self._worker = opening, store, worker
+        self._fleet, self._performer = fleet, performer
+        self._patience_s, self._say = patience_s, say
+        self._begun_s = time.monotonic()
+        self._line: Line | None = None
+        self.failure: Exception | None = None  # the job cannot begin
+
+    def read(self) -> None:
+        def then(result: Line | Exception) -> None:
+            if not isinstance(result, Exception):
+                self._line = result
+            elif self._opening.state is None or not isinstance(result, StoreProblem):
+                self.failure = result
+            else:  # ranks may be training, and may go on without a store for a while
+                self._say("", f"the store cannot be read, trying again: {result}")
+                self.read()
+
+        self._worker.submit(lambda: read_line(self._store, self._opening.step), then)
+
+    def first_event(self, stamp_s: Callable[[], float]) -> Event | None:
+        line, opening = self._line, self._opening
+        if line is None:
+            return None
+        if opening.state is None:
+            return Started(
+                at_s=stamp_s(),
+                term=opening.term,
+                counter=max(opening.counter, line.counter),
+                line=line.points,
+                by=opening.by,
+            )
+        answers = self._answers()
+        if answers is None:
+            return None
+        launched = [a for a in answers if a.attempt is not None]
+        if launched:
+            newest = max(launched, key=_by_attempt)
+            assert newest.attempt is not None
+            self._performer.adopt(newest.attempt, tuple(m.node for m in newest.members))
+        return TookOver(at_s=stamp_s(), term=opening.term, answers=answers, line=line.points)
+
+    def _answers(self) -> tuple[AgentAnswer, ...] | None:
+        state = self._opening.state
+        assert state is not None
+        answers = self._fleet.answers()
+        expected = {m.node for m in state.members} | state.cleaning.keys() | state.offered.keys()
+        gone = {node for node, _port in self._fleet.gone}
+        silent = expected - answers.keys() - gone
+        if silent and time.monotonic() - self._begun_s < self._patience_s:
+            return None
+        return tuple(answers[node] for node in sorted(answers))
+
+
+def _by_attempt(answer: AgentAnswer) -> tuple[Attempt, str]:
+    assert answer.attempt is not None
+    return (answer.attempt, answer.node)
