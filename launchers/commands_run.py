@@ -22,7 +22,7 @@ from perdure.runtime.errors import UsageError
 if TYPE_CHECKING:
     from perdure.checkpoint.store import Store
     from perdure.launchers.cluster_local import EarlyAgent
-    from perdure.launchers.job import ResumeFrom
+    from perdure.runtime.opening import ResumeFrom
 
 
 def run(given: Given) -> int:
@@ -56,7 +56,7 @@ def submit(given: Given) -> int:
 
 def resume(given: Given) -> int:
     from perdure.launchers import runs
-    from perdure.launchers.job import ResumeFrom
+    from perdure.runtime.opening import ResumeFrom
 
     found = runs.find(given.target)
     store = runs.open_run(found)

@@ -121,8 +121,18 @@ class Screen:
         self.plain.end(status)
 
     def above(self, text: str) -> None:
-        """Faults and starts scroll by like the ranks' own output."""
-        _write(self.fd, text.replace("\n", "\r\n"))
+        """Faults and starts scroll by like the ranks' own output.
+
+        A rank may be in the middle of a line, such as a progress bar. So a line of ours is put in
+        above its line, and the cursor goes back to its column: room is made below (index, reverse
+        index), a line inserted, written, and left again.
+        """
+        width = os.get_terminal_size(self.fd).columns
+        colour = "31" if "  fault: " in text else "2"
+        for line in text.splitlines():
+            for at in range(0, max(1, len(line)), width):
+                part = line[at : at + width]
+                _write(self.fd, f"\x1bD\x1bM\x1b7\x1b[L\r\x1b[{colour}m{part}\x1b[0m\x1b8\x1b[B")
 
     def _draw(self, *, force: bool) -> None:
         now = time.monotonic()

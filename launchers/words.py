@@ -300,7 +300,7 @@ _BLAMES = {
     "network": "the network",
     "storage": "storage",
     "preemption": "somebody who ended it from outside",
-    "unknown": "nobody: the evidence does not say",
+    "unknown": "unknown, the evidence does not say",
 }
 
 

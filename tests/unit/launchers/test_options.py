@@ -14,14 +14,15 @@ from perdure.launchers.settings import Plan, plan
 from perdure.runtime.errors import UsageError
 
 RUN = COMMANDS["run"]
-LAUNCH_OPTIONS = """
+_NAMES = """
 cluster code config device dry-run duplicate-stderr-filters duplicate-stdout-filters env env-file
 event-log-handler from json local-addr local-ranks-filter log-dir logs-specs master-addr master-port
 max-restarts module monitor-interval name nnodes no-python no-warm node-rank nproc-per-node
 numa-binding output precheck rdzv-backend rdzv-conf rdzv-endpoint rdzv-id redirects role run-path
 save-every shutdown-timeout signals-to-handle spares standalone start-method store tag tee
 virtual-local-rank
-""".split()
+"""
+LAUNCH_OPTIONS = _NAMES.split()
 NOT_ON_RESUME = {"code", "module", "name", "no-python", "run-path", "store"}
 
 
