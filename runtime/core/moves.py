@@ -45,7 +45,12 @@ class Moves:
     def request(self, because: str) -> None:
         count = self.spec.nnodes + self.spec.spares
         exclude = tuple(sorted(self.state.excluded))
+        self._forget_requests()
         self.out.append(RequestNodes(count=count, exclude=exclude, because=because))
+
+    def _forget_requests(self) -> None:
+        """One request a step: the last says it all."""
+        self.out = [c for c in self.out if not isinstance(c, RequestNodes)]
 
     def wait(self, because: str) -> None:
         self.move("waiting", because)
@@ -227,5 +232,6 @@ class Moves:
     def finish(self, exit_code: int, because: str) -> None:
         self.state.exit_code = exit_code
         self.state.stopping = set()
+        self._forget_requests()
         self.move("finished", because)
         self.out.append(Finish(exit_code=exit_code, because=because))
