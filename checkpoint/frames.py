@@ -11,6 +11,7 @@ too large to be one of ours closes the channel rather than the process.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import select
 import socket
@@ -94,6 +95,11 @@ class Channel:
             raise ChannelClosed("a frame came without its descriptors")
         del self._buffer[:end]
         return message
+
+    def end(self) -> None:
+        """Say that nothing more comes from this side; the other may still send."""
+        with contextlib.suppress(OSError):  # it is gone already
+            self._socket.shutdown(socket.SHUT_WR)
 
     def close(self) -> None:
         self._socket.close()

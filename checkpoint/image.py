@@ -174,8 +174,8 @@ class Image:
                 self._fetch_checked(writer, first, end)
         except CheckpointError as caught:
             error = caught
-        except Exception as caught:  # a defect of ours: it must fail the restore, not hang it
-            error = FormatError(f"reading {self.point} failed: {type(caught).__name__}: {caught}")
+        except Exception as caught:  # noqa: BLE001 - a defect of ours fails the restore, never hangs it
+            error = StoreError(f"reading {self.point} failed: {type(caught).__name__}: {caught}")
         with self._changed:
             if error is not None:
                 self._error = self._error or error

@@ -196,7 +196,7 @@ def main() -> None:
                 uploader, socket.socket(fileno=config["channel_fd"]), signal_pipe[0]
             )
         uploader.uploads.drain(drain_s)
-    except Exception:
+    except BaseException:  # noqa: BLE001 - whatever it is, threads must not keep the process
         traceback.print_exc()
         os._exit(1)
     # Threads may still be blocked in reads; nothing they could do is worth waiting for.

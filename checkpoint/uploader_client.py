@@ -61,10 +61,7 @@ class UploaderClient:
         rank: int,
         world_size: int,
         attempt: str | None,
-        on_news: Callable[[Message], None],
-        on_lost: Callable[[CheckpointError], None],
     ) -> None:
-        """`on_news` gets what concerns saves, `on_lost` is called when the uploader died."""
         self._url = url
         self._options = dict(storage_options) if storage_options else None
         self._path = socket_path
@@ -75,7 +72,8 @@ class UploaderClient:
             "world_size": world_size,
             "attempt": attempt,
         }
-        self._on_news, self._on_lost = on_news, on_lost
+        self._on_news: Callable[[Message], None] = _nobody
+        self._on_lost: Callable[[CheckpointError], None] = _nobody
         self._lock = threading.RLock()
         self._channel: Channel | None = None
         self._process: subprocess.Popen[bytes] | None = None
@@ -83,10 +81,11 @@ class UploaderClient:
         self.uploader_pid: int | None = None
         _living.add(self)
 
-    @property
-    def own(self) -> bool:
-        """Whether the uploader is this client's, not the node's."""
-        return self._path is None
+    def listen(
+        self, on_news: Callable[[Message], None], on_lost: Callable[[CheckpointError], None]
+    ) -> None:
+        """`on_news` gets what concerns saves, `on_lost` is called when the uploader died."""
+        self._on_news, self._on_lost = on_news, on_lost
 
     def request(self, message: Message) -> tuple[Message, list[int]]:
         """The reply and its descriptors. Raises what the uploader raised, or UploaderLost."""
@@ -129,16 +128,23 @@ class UploaderClient:
         if os.getpid() != self._pid:
             return
         with self._lock:
-            if self._channel is not None:
-                self._channel.close()
-                self._channel = None
-            if self._process is not None:
-                process, self._process = self._process, None
-                try:
-                    process.wait(CLOSE_S)
-                except subprocess.TimeoutExpired:
-                    process.kill()
-                    process.wait()
+            channel, self._channel = self._channel, None
+            process, self._process = self._process, None
+            if channel is not None:
+                channel.end()
+                if process is not None:
+                    self._last_news(channel)
+                channel.close()
+            if process is not None:
+                process.kill()  # it has ended, or had its time
+                process.wait()
+
+    def _last_news(self, channel: Channel) -> None:
+        """Until our own uploader has finished what is staged and closes its end by ending."""
+        deadline = time.monotonic() + CLOSE_S
+        with contextlib.suppress(ChannelClosed):
+            while (received := channel.receive(max(0.0, deadline - time.monotonic()))) is not None:
+                self._on_news(received[0])
 
     def _reply(self, channel: Channel, kind: str) -> tuple[Message, list[int]]:
         while True:
@@ -225,6 +231,10 @@ class UploaderClient:
             self._channel.close()
             self._channel = None
         self._process = None
+
+
+def _nobody(_: object) -> None:
+    """Before somebody listens there is nothing to tell."""
 
 
 def error_from_json(raw: Message) -> CheckpointError:

@@ -60,9 +60,9 @@ class Session:
                     os.close(fd)
                 self._answer(message)
         except ChannelClosed:
+            # Not closed here: a rank that only stopped asking may still wait for news. The socket
+            # goes with the last save that knows of this session.
             return
-        finally:
-            self._channel.close()
 
     def _answer(self, message: Message) -> None:
         kind = message["kind"]
@@ -74,7 +74,7 @@ class Session:
             reply, fds = handler(message)
         except CheckpointError as error:
             reply = {"kind": "error", **error_to_json(error)}
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - the rank waits for an answer, whatever broke
             traceback.print_exc()
             reply = {
                 "kind": "error",

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass
@@ -93,15 +94,18 @@ class Staged:
         return Point(self.step, self.attempt)
 
 
-def block_digests(data: memoryview, pool: Executor) -> list[int]:
-    """crc32c of each BLOCK_BYTES of `data`, the last one shorter."""
+def block_digests(data: memoryview, pool: Executor) -> Callable[[], tuple[int, ...]]:
+    """Start computing the crc32c of each BLOCK_BYTES of `data`, the last one shorter.
+
+    What is returned waits for them. It must not be called in the pool, whose threads do the work.
+    """
 
     def span(begin: int) -> list[int]:
         end = min(begin + _DIGEST_SPAN * BLOCK_BYTES, len(data))
         return [crc32c.crc32c(data[at : at + BLOCK_BYTES]) for at in range(begin, end, BLOCK_BYTES)]
 
     spans = pool.map(span, range(0, len(data), _DIGEST_SPAN * BLOCK_BYTES))
-    return [digest for digests in spans for digest in digests]
+    return lambda: tuple(digest for digests in spans for digest in digests)
 
 
 class Uploads:
@@ -137,10 +141,13 @@ class Uploads:
             self._put(save)
         except CheckpointError as error:
             self._failed(save, error)
+        except Exception as error:  # noqa: BLE001 - the handle must fail, never wait for ever
+            traceback.print_exc()
+            self._failed(save, StoreError(f"the upload broke: {type(error).__name__}: {error}"))
         else:
+            save.waiter.uploaded(save)  # the arena is free, whatever becomes of the commit
             self._commit_or_look(save)
         finally:
-            save.waiter.uploaded(save)
             with self._changed:
                 self._sending -= 1
                 self._changed.notify_all()
@@ -153,7 +160,7 @@ class Uploads:
         folder = keys.folder_key(save.step, record)
         lineage.refuse_second_save(store, folder, save.writer)
         key = keys.object_key(folder, save.writer)
-        digests = self._pool.submit(block_digests, image[layout.data_start :], self._pool)
+        digests = block_digests(image[layout.data_start :], self._pool)
         store.put(key, image)
         receipt = Receipt(
             step=save.step,
@@ -164,7 +171,7 @@ class Uploads:
             key=key,
             size=layout.size,
             data_start=layout.data_start,
-            crc32c=tuple(digests.result()),
+            crc32c=digests(),
             header_crc32c=crc32c.crc32c(image[: layout.data_start]),
             chunks=layout.chunks,
             names=layout.names,
