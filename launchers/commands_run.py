@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from perdure.launchers import preflight, settings
+from perdure.launchers import settings
 from perdure.launchers.options import Given
 from perdure.launchers.settings import Plan
 from perdure.runtime.errors import UsageError
@@ -91,6 +91,8 @@ def _early(plan: Plan) -> EarlyAgent | None:
 
 def _checked(plan: Plan) -> Store:
     """Every check that needs no rank. The order is that of the likeliest mistake."""
+    from perdure.launchers import preflight
+
     preflight.check_entry(plan.spec, here=plan.cluster == "local")
     preflight.check_sharing(plan.spec, plan.cluster)
     store = preflight.open_probed(plan.spec)
@@ -104,7 +106,9 @@ def _check_here(plan: Plan) -> None:
             f"the run's working folder {plan.spec.cwd} is not on this machine",
             hint="resume it where it was started, or on a cluster, to which its code is sent",
         )
-    preflight.check_entry(plan.spec, here=True)
+    from perdure.launchers.preflight import check_entry
+
+    check_entry(plan.spec, here=True)
 
 
 def _with_code(plan: Plan, store: Store) -> Plan:
@@ -113,9 +117,10 @@ def _with_code(plan: Plan, store: Store) -> Plan:
         return plan
     from perdure.checkpoint.errors import CheckpointError, KeyExists
     from perdure.launchers.codepack import pack
+    from perdure.launchers.preflight import check_inside
     from perdure.runtime.errors import StoreProblem
 
-    preflight.check_inside(plan.spec)
+    check_inside(plan.spec)
     package = pack(plan.spec.cwd)
     for note in package.notes:
         say(note)

@@ -228,7 +228,10 @@ def summary(view: RunView) -> list[str]:
         )
         said += [f"  {line}" for line in root.traceback.rstrip().splitlines()]
         if root.log:
-            said.append(f"its log: {root.log}")
+            file = (
+                "" if root.log.endswith(".log") else "/stderr.log"
+            )  # a rank's folder, or its file
+            said.append(f"its log: {root.log}{file}")
     outcome = "finished" if view.exit_code == 0 else f"ended with exit code {view.exit_code}"
     because = f": {view.because}" if view.because and view.exit_code != 0 else ""
     facts = [f"step {view.step:,}"] if view.step else []

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import re
-import secrets as random_source
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -50,7 +49,7 @@ def run_id(target: str, now_s: float) -> str:
     stem = os.path.basename(target.rstrip("/")).rsplit(".py", 1)[0].rsplit(".", 1)[-1]
     stem = re.sub(r"[^a-z0-9_-]+", "-", stem.lower()).strip("-_")[:40] or "job"
     when = time.strftime("%m%d-%H%M%S", time.localtime(now_s))
-    return f"{stem}-{when}-{''.join(random_source.choice(_LETTERS) for _ in range(4))}"
+    return f"{stem}-{when}-{''.join(_LETTERS[byte % len(_LETTERS)] for byte in os.urandom(4))}"
 
 
 def plan(given: Given, environ: Mapping[str, str], cwd: str, now_s: float) -> Plan:
