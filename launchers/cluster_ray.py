@@ -148,7 +148,7 @@ class RayCluster:
             for entry in ray.util.list_named_actors(all_namespaces=True)
             if entry["namespace"] == NAMESPACE and entry["name"].startswith(prefix)
         ]
-        asked = []
+        asked: list[tuple[Any, Any]] = []  # handle, reference to its answer
         for name in names:
             with contextlib.suppress(ValueError):  # died since it was listed
                 handle = ray.get_actor(name, namespace=NAMESPACE)
@@ -157,7 +157,7 @@ class RayCluster:
             ray.wait([ref for _, ref in asked], num_returns=len(asked), timeout=CALL_S)
         for handle, ref in asked:
             try:
-                where = ray.get(ref, timeout=0)
+                where: dict[str, Any] = ray.get(ref, timeout=0)
             except (RayError, GetTimeoutError):
                 ray.kill(handle)  # never started, or its node is gone: of no use to anyone
                 continue
@@ -227,9 +227,11 @@ class RayCluster:
         return sorted(usable, key=lambda node: (-node.free.get(kind, 0.0), node.name))
 
     def _place(self, node: RayNode) -> None:
-        run, slots = self._spec.run, self._spec.nproc_per_node
+        spec = self._spec
         try:
-            handle = self._remote(**actor_options(self._spec, node)).remote(run, node.name, slots)
+            handle = self._remote(**actor_options(spec, node)).remote(
+                spec.run, node.name, spec.nproc_per_node, spec.warm
+            )
         except ValueError:  # the name is taken: an anchor that was killed and not yet forgotten
             self._avoid[node.name] = (time.monotonic() + 1.0, "an earlier agent is still ending")
             return

@@ -22,10 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from perdure.runtime.agent_start import start_agent
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import perdure
+from perdure.runtime.agent_start import start_agent
+from perdure.runtime.errors import NoPlace
 from perdure.runtime.spec import JobSpec
 
 NAMESPACE = "perdure"
@@ -63,7 +64,7 @@ def alive_nodes() -> list[RayNode]:
     """Blocks on Ray's control store: only for a thread that may wait."""
     from ray._private.state import available_resources_per_node  # Ray's own libraries use it too
 
-    free = available_resources_per_node()
+    free: dict[str, dict[str, float]] = available_resources_per_node()  # type: ignore[no-untyped-call]
     return [
         RayNode(
             node_id=raw["NodeID"],
@@ -71,7 +72,7 @@ def alive_nodes() -> list[RayNode]:
             free=free.get(raw["NodeID"], {}),
             total=raw["Resources"],
         )
-        for raw in ray.nodes()
+        for raw in ray.nodes()  # type: ignore[no-untyped-call]
         if raw["Alive"]
     ]
 
@@ -101,8 +102,8 @@ def actor_options(spec: JobSpec, node: RayNode) -> dict[str, Any]:
 class AgentAnchor:
     """Runs on the node. Every method may be called at the same time as any other."""
 
-    def __init__(self, run: str, node: str, slots: int) -> None:
-        self._run, self._node, self._slots = run, node, slots
+    def __init__(self, run: str, node: str, slots: int, warm: bool) -> None:
+        self._run, self._node, self._slots, self._warm = run, node, slots, warm
         self._lock = threading.Lock()
         self._warden: subprocess.Popen[bytes] | None = None
         self._where: dict[str, Any] | None = None
@@ -120,7 +121,7 @@ class AgentAnchor:
             return self.where()
 
     def _start(self, token: str) -> None:
-        host = ray.util.get_node_ip_address()
+        host = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
         folder = Path(tempfile.gettempdir(), f"perdure-{os.getuid()}", self._run, self._node)
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         started = start_agent(
@@ -130,13 +131,19 @@ class AgentAnchor:
             host=host,
             slots=self._slots,
             state_dir=str(folder),
+            warm=self._warm,
+            env={k: v for k, v in os.environ.items() if not k.startswith("RAY_")},
         )
         self._warden = started.process
+        try:
+            port = started.port
+        except NoPlace as error:  # it has to travel through Ray, which knows none of our errors
+            raise RuntimeError(f"{error} ({folder}/agent.log on {host})") from None
         self._where = {
             "run": self._run,
             "node": self._node,
             "host": host,
-            "port": started.port,
+            "port": port,
             "slots": self._slots,
             "token": token,
         }

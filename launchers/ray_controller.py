@@ -24,15 +24,16 @@ import traceback
 from typing import Any
 
 import ray
-from perdure.runtime.driver import Driver
-from perdure.runtime.opening import ResumeFrom, prepare
 
-from perdure.checkpoint.errors import CheckpointError
-from perdure.checkpoint.store import open_store
+from perdure.checkpoint.errors import CheckpointError, KeyExists
+from perdure.checkpoint.store import Store, open_store
 from perdure.launchers.cluster_ray import RayCluster
 from perdure.launchers.ray_agent import NAMESPACE, controller_name
 from perdure.runtime.cluster import AgentEndpoint
+from perdure.runtime.driver import Driver
 from perdure.runtime.errors import PerdureError, RunProblem, WireError
+from perdure.runtime.journal import term_key
+from perdure.runtime.opening import ResumeFrom, prepare
 from perdure.runtime.spec import JobSpec
 from perdure.runtime.wire import Link, Listener, dial
 
@@ -49,7 +50,7 @@ class Controller:
         self._spec = JobSpec.from_json(spec_json)
         self._resume = ResumeFrom(**resume) if resume is not None else None
         self._again = ray.get_runtime_context().was_current_actor_reconstructed
-        self._host = ray.util.get_node_ip_address()
+        self._host: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
         self._cluster = RayCluster(self._spec)
         self._listening = threading.Event()
         self._intake: Listener | None = None
@@ -61,7 +62,7 @@ class Controller:
     def intake(self) -> dict[str, Any]:
         """Where the credentials are awaited, by a `secrets` message. Only before `where`."""
         assert self._intake is not None, "a later incarnation asks the agents"
-        return self._answers_at(self._intake.address[1])
+        return self._answers_at(self._intake.port)
 
     def where(self, timeout_s: float) -> dict[str, Any]:
         """Where the driver answers: {host, port, token}; or {error, hint, kind} if it never will."""
@@ -79,7 +80,6 @@ class Controller:
             secrets, store_env = self._credentials()
             while not self._run(secrets, store_env):
                 time.sleep(RETRY_S)
-            self._cluster.close()
             time.sleep(LINGER_S)
             over = True
         finally:
@@ -114,34 +114,26 @@ class Controller:
         return secrets, store_env
 
     def _run(self, secrets: dict[str, str], store_env: dict[str, str]) -> bool:
-        """True when the run is over, or was refused; False to try again."""
+        """True when this run needs no controller here any more; False to try again."""
         os.environ.update(store_env)  # this process is the run's alone
         try:
-            if missing := set(self._spec.secret_env) - set(secrets):
-                raise RunProblem(
-                    f"the values of {', '.join(sorted(missing))} were lost with the run's nodes",
-                    hint=f"perdure resume {self._spec.run}, with --env NAME for each of them",
-                )
             store = open_store(self._spec.store)
-            opening = prepare(store, self._spec, resume=self._resume)
+            # A later incarnation is told by the journal how the first one began.
+            opening = prepare(store, resume=None if self._again else self._resume)
+            _write_spec(store, self._spec, anew=self._resume is not None)
         except (PerdureError, CheckpointError) as error:
             # Without agents nothing waits for us, and what the store lacks may be the credentials
             # that they would have had.
             if self._again and self._cluster.poll().agents and not isinstance(error, RunProblem):
                 print(f"perdure: cannot go on yet: {error}", file=sys.stderr, flush=True)
                 return False
-            self._where = {
-                "error": str(error),
-                "hint": error.hint,
-                "kind": type(error).__name__,
-            }
-            self._listening.set()
+            self._refused(error)
+            self._cluster.close()
             return True
         driver = Driver(
             self._spec,
             cluster=self._cluster,
             store=store,
-            term=opening.term,
             token=self._cluster.token,
             opening=opening,
             secrets=secrets,
@@ -150,8 +142,36 @@ class Controller:
         )
         self._where = self._answers_at(driver.address[1])
         self._listening.set()
-        driver.run()
+        try:
+            driver.run()
+        except (PerdureError, CheckpointError) as error:
+            self._refused(error)
+            # Superseded: the agents are another controller's now, and stay.
+            if not store.exists(term_key(opening.term + 1)):
+                self._cluster.close()
         return True
+
+    def _refused(self, error: PerdureError | CheckpointError) -> None:
+        kind = type(error).__name__
+        self._where = {"error": str(error), "hint": error.hint, "kind": kind}
+        self._listening.set()
+        print(f"perdure: {error}", file=sys.stderr, flush=True)
+
+
+def _write_spec(store: Store, spec: JobSpec, *, anew: bool) -> None:
+    """What `perdure resume URL` goes on from. A resume may have changed sizes."""
+    data = spec.to_json().encode()
+    if anew:
+        store.put("spec.json", data)
+        return
+    try:
+        store.put("spec.json", data, create=True)
+    except KeyExists:
+        if store.get("spec.json") != data:
+            raise RunProblem(
+                f"{spec.run} is in this store already, with another spec",
+                hint="give this run another --name, or `perdure resume` that one",
+            ) from None
 
 
 def _take(listener: Listener, timeout_s: float) -> dict[str, Any]:
@@ -161,21 +181,19 @@ def _take(listener: Listener, timeout_s: float) -> dict[str, Any]:
     try:
         while (left_s := end_s - time.monotonic()) > 0:
             writers = [link for link in links if link.wants_write]
-            readable, writable, _ = select.select([listener, *links], writers, [], left_s)
+            waited: list[Listener | Link] = [listener, *links]
+            readable, writable, _ = select.select(waited, writers, [], left_s)
             for link in writable:
                 link.flush()
-            for source in readable:
-                if isinstance(source, Listener):
-                    if (link := source.accept()) is not None:
-                        links.append(link)
-                    continue
-                for message in source.receive():
+            if listener in readable and (new := listener.accept()) is not None:
+                links.append(new)
+            for link in [link for link in links if link in readable]:
+                for message in link.receive():
                     if message["kind"] == "secrets":
                         return message
             links = [link for link in links if link.broken is None]
     finally:
         for link in links:
-            link.flush()
             link.close()
     raise TimeoutError(f"nobody gave the run's credentials within {timeout_s:.0f} s")
 

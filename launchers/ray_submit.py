@@ -7,12 +7,13 @@ from this environment, go over the run's own wire to the controller once it runs
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import Any
 
 import ray
 from perdure.launchers.controller_client import ControllerClient
@@ -21,17 +22,16 @@ from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from perdure.checkpoint import errors as checkpoint_errors
+from perdure.checkpoint.store import open_store
 from perdure.launchers import records
 from perdure.launchers.ray_agent import NAMESPACE, controller_name
 from perdure.launchers.ray_controller import Controller
 from perdure.launchers.ray_nodes import start_here
 from perdure.runtime import errors
 from perdure.runtime.errors import NoPlace, PerdureError, RunProblem, StoreProblem, WireError
+from perdure.runtime.opening import ResumeFrom, refuse_if_alive
 from perdure.runtime.spec import JobSpec
 from perdure.runtime.wire import dial
-
-if TYPE_CHECKING:
-    from perdure.runtime.opening import ResumeFrom
 
 ACTOR_S = 60.0  # from creating the controller to its first answer: Ray starts a worker for it
 LISTEN_S = 120.0  # ... to a driver that listens: it reads the run's folder first
@@ -60,6 +60,10 @@ def submit_ray(
             k: v for k, v in os.environ.items() if k.startswith(_STORE_VARIABLES) and not files
         }
     found = _connect(address, say or _to_stderr)
+    if resume is not None and not resume.takeover:
+        # Here, not in the controller: it may take half a minute, and a person should see why.
+        refuse_if_alive(open_store(spec.store), known_dead=False, on_wait=resume.on_wait)
+        resume = replace(resume, takeover=True)
     controller = _create(spec, resume)
     try:
         place = _ask(controller.intake.remote(), ACTOR_S)
@@ -98,12 +102,15 @@ def connect_ray(record: RunRecord) -> ControllerClient:
 
 
 def attach(run: str, address: str | None) -> dict[str, Any]:
-    """{host, port, token} of the run's controller. Raises WireError when Ray has none."""
+    """{host, port, token} of the run's controller. Raises WireError when Ray has none.
+
+    Also raises what the controller was ended by, RunProblem or StoreProblem, while it tells so.
+    """
     try:
         _connect(address or "auto", _to_stderr)
         controller = ray.get_actor(controller_name(run), namespace=NAMESPACE)
         return _ask(controller.where.remote(DIAL_S), 2 * DIAL_S)
-    except (ValueError, PerdureError) as error:
+    except (ValueError, NoPlace) as error:
         raise WireError(
             f"the Ray cluster has no controller of {run}: {error}",
             hint="the run may have ended: perdure status tells",
@@ -113,7 +120,7 @@ def attach(run: str, address: str | None) -> dict[str, Any]:
 def _connect(address: str | None, say: Callable[[str], None]) -> str:
     """Join the cluster; its address. Idempotent within a process."""
     if ray.is_initialized():
-        return ray.get_runtime_context().gcs_address
+        return _address()
     wanted = "auto" if address in (None, "ray") else address
     try:
         _init(wanted)
@@ -126,18 +133,21 @@ def _connect(address: str | None, say: Callable[[str], None]) -> str:
         started = start_here()
         say(f"no Ray cluster was running here: started one at {started} (`ray stop` ends it)")
         _init(started)
-    return ray.get_runtime_context().gcs_address
+    return _address()
+
+
+def _address() -> str:
+    return str(ray.get_runtime_context().gcs_address)
 
 
 def _init(address: str | None) -> None:
-    ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level="ERROR")
+    ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
 
 
 def _create(spec: JobSpec, resume: ResumeFrom | None) -> Any:
     """The controller's actor, near the control store if it can be: they die together anyway."""
-    head = next(
-        (n["NodeID"] for n in ray.nodes() if "node:__internal_head__" in n["Resources"]), None
-    )
+    nodes = ray.nodes()  # type: ignore[no-untyped-call]
+    head = next((n["NodeID"] for n in nodes if "node:__internal_head__" in n["Resources"]), None)
     options: dict[str, Any] = {
         "name": controller_name(spec.run),
         "namespace": NAMESPACE,
@@ -151,7 +161,7 @@ def _create(spec: JobSpec, resume: ResumeFrom | None) -> Any:
         options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(head, soft=True)
     back = None
     if resume is not None:
-        back = {k: v for k, v in asdict(resume).items() if k != "on_wait"}
+        back = {"step": resume.step, "takeover": resume.takeover}
     try:
         return ray.remote(Controller).options(**options).remote(spec.to_json(), back)
     except ValueError as error:
