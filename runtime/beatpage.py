@@ -14,6 +14,7 @@ every optimizer step of every script.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import mmap
 import os
@@ -57,6 +58,8 @@ class RankView:
 
 class BeatPage:
     """A mapping of one page; `words` is public because the step hook writes it in line."""
+
+    counted_by_script = False  # the script names its steps itself: the hook no longer does
 
     def __init__(self, fd: int) -> None:
         """Map the page behind `fd`, which stays open and the caller's.
@@ -110,6 +113,20 @@ class BeatPage:
         """Whether this rank has lost the right to take another step."""
         fence: int = self.words[FENCE]
         return fence != 0 and now_ns >= fence
+
+
+#: This rank's own page, and the eventfd of its first step: set once, by the worker or the session.
+mine: BeatPage | None = None
+wake_fd: int | None = None
+
+
+def wake_agent() -> None:
+    """Say that the first step was made. Once: later steps are read off the page."""
+    global wake_fd
+    if wake_fd is not None:
+        with contextlib.suppress(OSError):  # a script that closes all descriptors has closed it
+            os.eventfd_write(wake_fd, 1)
+        wake_fd = None
 
 
 def create() -> int:

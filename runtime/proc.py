@@ -9,10 +9,10 @@ Fork is safe in these processes because each of them has one thread; `fork` asse
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
-import sys
 from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
@@ -32,9 +32,9 @@ def become_subreaper() -> None:
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
 
-def die_with_parent(parent: int) -> None:
-    """SIGKILL for this process once `parent` is dead; leaves at once if it already is."""
-    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+def die_with_parent(parent: int, how: signal.Signals = signal.SIGKILL) -> None:
+    """`how` is sent to this process once `parent` is dead; leaves at once if it already is."""
+    _prctl(_PR_SET_PDEATHSIG, how)
     if os.getppid() != parent:
         os._exit(1)
 
@@ -71,10 +71,8 @@ def reset_signals() -> None:
 def close_all_but(keep: frozenset[int]) -> None:
     for name in os.listdir("/proc/self/fd"):
         if int(name) not in keep:
-            try:
+            with contextlib.suppress(OSError):  # the descriptor of the listing itself
                 os.close(int(name))
-            except OSError:
-                continue  # the descriptor of the listing itself
 
 
 def place_fds(wanted: Mapping[int, int]) -> None:
@@ -176,12 +174,3 @@ def back_to_normal_priority() -> str | None:
             "processor time to everything else here (start the Ray cluster with RAY_worker_niceness=0)"
         )
     return None
-
-
-def python_environment() -> dict[str, str]:
-    """This process's environment as a plain dict: what a child gets unless told otherwise."""
-    return dict(os.environ)
-
-
-def python() -> str:
-    return sys.executable
