@@ -90,8 +90,9 @@ class Store(abc.ABC):
 
     def list(self, prefix: str = "") -> list[Entry]:
         """Everything below `prefix`, at any depth, sorted by key. An absent prefix is empty."""
-        self._check(prefix or "x")
-        return sorted(self._list(prefix.rstrip("/")), key=lambda entry: entry.key)
+        prefix = prefix.rstrip("/")
+        self._check(prefix or "any")
+        return sorted(self._list(prefix), key=lambda entry: entry.key)
 
     def delete(self, key: str) -> None:
         """Idempotent: a key that is not there is deleted."""

@@ -194,6 +194,7 @@ class Server(http.server.ThreadingHTTPServer):
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"  # or "Expect: 100-continue" would never be answered
     server: Server
 
     def answer(self) -> None:
