@@ -159,13 +159,14 @@ class Driver:
                     self._leave(str(failure))
                     raise failure
                 if self._journal.superseded or self._fleet.superseded_by is not None:
-                    self._leave("another controller has taken this run over")
+                    self._leave("another controller has taken this run over", wait=False)
                     raise RunProblem(
                         "another controller has taken this run over",
                         hint="`perdure status` asks the one that holds it now",
                     )
             return self._wind_down()
         finally:
+            self._fleet.close()
             self._control.close()
             self._worker.close(1.0)
             self._watch.close()
@@ -368,12 +369,12 @@ class Driver:
         self._until(self._control.flushed, 1.0)
         return finish.exit_code
 
-    def _leave(self, because: str) -> None:
+    def _leave(self, because: str, *, wait: bool = True) -> None:
         """Let agents end. Those that obey a later term refuse, and stay with its controller."""
-        agents = list(self._fleet.agents.values())
-        links = [agent.link for agent in agents if agent.link is not None]
         self._fleet.part({"kind": "shutdown", "because": because})
-        self._until(lambda: all(link.broken is not None for link in links), UPLOADS_END_S)
+        self._until(self._fleet.flushed, 1.0)
+        if wait:
+            self._until(self._fleet.parted, UPLOADS_END_S)
 
     def _until(self, done: Callable[[], bool], bound_s: float, *, at_once: bool = False) -> None:
         """Turns without decisions: late words are journaled, not acted upon."""
@@ -387,4 +388,5 @@ class Driver:
                 self._note(codec.to_json(event))
             self._events.clear()
             self._show(time.monotonic())
-            self._journal.turn(self._clock.now_s(), at_once=at_once)
+            more = at_once and not self._journal.clean
+            self._journal.turn(self._clock.now_s(), at_once=more)

@@ -63,6 +63,7 @@ class Fleet:
         self.gone: set[tuple[str, int]] = set()  # (node, port) that no view brings back
         self.superseded_by: int | None = None
         self.parting = False
+        self._parting: list[Link] = []
 
     def meet(self, view: ClusterView, now_s: float) -> None:
         """Follow the cluster: dial who is new, give up who is lost."""
@@ -197,7 +198,20 @@ class Fleet:
         """The last word to every agent; links that break from now on are left alone."""
         for agent in self.agents.values():
             self._to(agent, message)
+        self._parting = [a.link for a in self.agents.values() if a.ready and a.link is not None]
         self.parting = True
+
+    def flushed(self) -> bool:
+        return not any(link.wants_write for link in self._parting)
+
+    def parted(self) -> bool:
+        """Every agent that could hear the last word has closed its link: nothing is left there."""
+        return all(link.broken is not None for link in self._parting)
+
+    def close(self) -> None:
+        for agent in self.agents.values():
+            if agent.link is not None:
+                agent.link.close()
 
     def lose(self, node: str, why: str) -> None:
         if node in self.agents:

@@ -23,7 +23,6 @@ from perdure.runtime.core import codec
 from perdure.runtime.core.events import RestorePoint
 from perdure.runtime.core.state import CoreState
 from perdure.runtime.errors import RunProblem, StoreProblem
-from perdure.runtime.spec import JobSpec
 
 SILENT_S = 30.0
 _LOOK_S = 1.0
@@ -62,13 +61,7 @@ class Line:
     counter: int  # the highest with a trace among the checkpoints
 
 
-def prepare(
-    store: Store,
-    spec: JobSpec,
-    *,
-    resume: ResumeFrom | None = None,
-    known_dead: bool = False,
-) -> Opening:
+def prepare(store: Store, *, resume: ResumeFrom | None = None, known_dead: bool = False) -> Opening:
     """Become the run's controller: take a term, and read what there is to go on from.
 
     Without `resume` the journal decides: none, a new run; one that is not finished, a takeover of
