@@ -206,7 +206,7 @@ class Core(Moves):
         s.line = [p for p in s.line if p != event.point]
         because = f"step {event.point.step} could not be restored: {event.why}"
         self.out.append(MarkBad(point=event.point, because=because))
-        self.blame("restore_failed", "storage", because, weight=policy.RESTORE, rank=event.rank)
+        self.blame("restore_failed", "storage", because, policy.RESTORE, None, event.rank)
         if s.phase in LIVE:
             self.stop(because)
 
@@ -228,18 +228,10 @@ class Core(Moves):
         if event.attempt is not None and event.attempt != s.attempt:
             return
         if event.command == "launch_gang" and s.phase in ("launching", "running"):
-            where = f" on {event.node}" if event.node is not None else ""
-            because = f"the ranks could not be started{where}: {event.why}"
+            because = f"the ranks could not be started: {event.why}"
             if event.node is not None:
                 s.losses[event.node] = s.losses.get(event.node, 0) + 1
-            self.blame(
-                "launch_failed",
-                "unknown",
-                because,
-                weight=policy.START,
-                node=event.node,
-                signature=policy.masked(f"launch {event.why}"),
-            )
+            self.blame("launch_failed", "unknown", because, policy.START, event.node, None)
             self.stop(because)
         elif event.command == "stop_gang" and event.node is not None:
             if event.node in s.stopping or event.node in s.cleaning:

@@ -6,9 +6,13 @@ JSON form (`codec.py`) is what the journal holds.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from perdure.runtime.jsonform import misfit
+
+_ATTEMPT = re.compile(r"^(\d{1,12})\.(\d{1,12})$")
 Tier = Literal["memory", "store"]
 
 
@@ -23,12 +27,31 @@ class Attempt(NamedTuple):
     def __str__(self) -> str:
         return f"{self.term}.{self.counter}"
 
+    def json_form(self) -> str:
+        return str(self)
+
+    @classmethod
+    def from_json_form(cls, raw: object) -> Attempt:
+        found = _ATTEMPT.match(raw) if isinstance(raw, str) else None
+        if found is None:
+            raise misfit("an attempt, 'term.counter'", raw)
+        return cls(int(found[1]), int(found[2]))
+
 
 class RestorePoint(NamedTuple):
     """A committed checkpoint: which step, and the attempt that wrote it."""
 
     step: int
     attempt: Attempt
+
+    def json_form(self) -> dict[str, int | str]:
+        return {"step": self.step, "attempt": str(self.attempt)}
+
+    @classmethod
+    def from_json_form(cls, raw: object) -> RestorePoint:
+        if not isinstance(raw, dict) or type(raw.get("step")) is not int:
+            raise misfit("a restore point, {step, attempt}", raw)
+        return cls(raw["step"], Attempt.from_json_form(raw.get("attempt")))
 
 
 class Member(NamedTuple):

@@ -7,17 +7,9 @@ what stops comes before what starts.
 
 from __future__ import annotations
 
-from perdure.runtime.core import invariants, policy
-from perdure.runtime.core.commands import (
-    Command,
-    Finish,
-    LaunchGang,
-    RequestNodes,
-    SaveNow,
-    StopGang,
-)
+from perdure.runtime.core import commands, invariants, policy
 from perdure.runtime.core.events import Attempt, Member
-from perdure.runtime.core.state import Blame, Cause, CoreState, Fault, Phase, StopWish
+from perdure.runtime.core.state import Blame, CoreState, Fault, Phase, StopWish
 from perdure.runtime.core.table import EXCLUDE_S, TABLE
 from perdure.runtime.errors import InvariantBroken
 from perdure.runtime.spec import JobSpec
@@ -29,7 +21,7 @@ class Moves:
     def __init__(self, spec: JobSpec, state: CoreState) -> None:
         self.spec = spec
         self.state = state
-        self.out: list[Command] = []
+        self.out: list[commands.Command] = []
         # Later than takeover_s, so that a member that fell silent is judged as silent, not as deaf.
         self.answer_s = spec.timers.takeover_s + spec.timers.beat_s
 
@@ -46,11 +38,11 @@ class Moves:
         count = self.spec.nnodes + self.spec.spares
         exclude = tuple(sorted(self.state.excluded))
         self._forget_requests()
-        self.out.append(RequestNodes(count=count, exclude=exclude, because=because))
+        self.out.append(commands.RequestNodes(count=count, exclude=exclude, because=because))
 
     def _forget_requests(self) -> None:
         """One request a step: the last says it all."""
-        self.out = [c for c in self.out if not isinstance(c, RequestNodes)]
+        self.out = [c for c in self.out if not isinstance(c, commands.RequestNodes)]
 
     def wait(self, because: str) -> None:
         self.move("waiting", because)
@@ -90,7 +82,8 @@ class Moves:
         came = sorted(m.node for m in members if m.node not in before)
         because = s.because
         if before and came:
-            because += f"; {', '.join(came)} in place of {', '.join(sorted(self._gone(members)))}"
+            gone = sorted(before - {m.node for m in members})
+            because += f"; {', '.join(came)} in place of {', '.join(gone)}"
         invariants.check_restore(s)
         s.counter += 1
         s.attempt = Attempt(s.term, s.counter)
@@ -103,29 +96,18 @@ class Moves:
         s.waiting_for = ""
         self.move("launching", because)
         self.out.append(
-            LaunchGang(attempt=s.attempt, members=members, restore=s.restore, because=because)
+            commands.LaunchGang(
+                attempt=s.attempt, members=members, restore=s.restore, because=because
+            )
         )
 
-    def _gone(self, members: tuple[Member, ...]) -> set[str]:
-        return {m.node for m in self.state.members} - {m.node for m in members}
-
     def blame(
-        self,
-        kind: str,
-        blame: Blame,
-        because: str,
-        *,
-        weight: int,
-        node: str | None = None,
-        rank: int | None = None,
-        signature: str = "",
+        self, kind: str, blame: Blame, because: str, weight: int, node: str | None, rank: int | None
     ) -> None:
         """Write down what may have ended the newest attempt."""
         now_s = self.state.now_s
         fault = Fault(at_s=now_s, kind=kind, blame=blame, rank=rank, node=node, because=because)
-        self.state.causes.append(
-            Cause(fault=fault, weight=weight, exit_code=1, signature=signature)
-        )
+        self.state.causes.append(policy.cause_of_fault(fault, weight))
 
     def stop(self, because: str, grace_s: float = 0.0) -> None:
         """End the gang on every member that can still answer."""
@@ -144,7 +126,9 @@ class Moves:
     def _say_stop(
         self, attempt: Attempt, nodes: tuple[str, ...], grace_s: float, because: str
     ) -> None:
-        self.out.append(StopGang(attempt=attempt, nodes=nodes, grace_s=grace_s, because=because))
+        self.out.append(
+            commands.StopGang(attempt=attempt, nodes=nodes, grace_s=grace_s, because=because)
+        )
 
     def stopped(self) -> None:
         """No process of the attempt is left anywhere: judge, then end the job or go on."""
@@ -185,19 +169,18 @@ class Moves:
             s.excluded[node] = s.now_s + EXCLUDE_S
         because = f"node {node} is lost: {why}"
         if member and s.phase in LIVE:
-            self.blame(kind, blame, because, weight=policy.OUTSIDE, node=node)
+            self.blame(kind, blame, because, policy.OUTSIDE, node, None)
             self.stop(because)
         elif node in s.stopping:
             # What did not answer a stop was not what made us stop.
             if kind != "stop_unanswered":
-                self.blame(kind, blame, because, weight=policy.OUTSIDE, node=node)
+                self.blame(kind, blame, because, policy.OUTSIDE, node, None)
             s.stopping.remove(node)
             if not s.stopping:
                 self.stopped()
         else:
-            s.note(
-                Fault(at_s=s.now_s, kind=kind, blame=blame, rank=None, node=node, because=because)
-            )
+            at_s = s.now_s
+            s.note(Fault(at_s=at_s, kind=kind, blame=blame, rank=None, node=node, because=because))
         if s.phase != "finished":
             self.request(because)
 
@@ -221,7 +204,7 @@ class Moves:
             assert s.attempt is not None
             s.save_by_s, s.save_from = s.now_s + grace_s, s.step
             self.move("saving", f"{because}; saving first")
-            self.out.append(SaveNow(attempt=s.attempt, because=f"{because}: save first"))
+            self.out.append(commands.SaveNow(attempt=s.attempt, because=f"{because}: save first"))
         elif s.phase in LIVE:
             self.stop(because, grace_s)
         elif s.phase == "stopping" and hasten:
@@ -234,4 +217,4 @@ class Moves:
         self.state.stopping = set()
         self._forget_requests()
         self.move("finished", because)
-        self.out.append(Finish(exit_code=exit_code, because=because))
+        self.out.append(commands.Finish(exit_code=exit_code, because=because))

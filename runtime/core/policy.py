@@ -102,28 +102,21 @@ def cause_of_exit(report: ExitReport) -> Cause:
     return Cause(fault=fault, weight=weight, exit_code=code, signature=signature)
 
 
+def cause_of_fault(fault: Fault, weight: int) -> Cause:
+    """Something other than a rank's end. The same failed start again is the same failure."""
+    signature = masked(fault.because) if weight == START else ""
+    return Cause(fault=fault, weight=weight, exit_code=1, signature=signature)
+
+
 def judge(causes: Iterable[Cause], exits: Mapping[int, ExitReport], now_s: float) -> Cause:
     """The root among all that is known: lowest weight, then earliest, then lowest rank."""
     known = list(causes)
     known += [cause_of_exit(r) for r in exits.values() if r.exit_code != 0]
     if not known:
         why = "the gang ended and nobody could say why"
-        return Cause(
-            fault=Fault(
-                at_s=now_s, kind="unseen", blame="unknown", rank=None, node=None, because=why
-            ),
-            weight=OURS,
-            exit_code=1,
-        )
-    return min(
-        known,
-        key=lambda c: (
-            c.weight,
-            c.fault.at_s,
-            -1 if c.fault.rank is None else c.fault.rank,
-            c.fault.node or "",
-        ),
-    )
+        fault = Fault(at_s=now_s, kind="unseen", blame="unknown", rank=None, node=None, because=why)
+        return cause_of_fault(fault, OURS)
+    return min(known, key=lambda c: (c.weight, c.fault.at_s, c.fault.rank or 0, c.fault.node or ""))
 
 
 def reached(state: CoreState) -> int:

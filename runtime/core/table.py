@@ -98,11 +98,3 @@ TABLE: dict[Phase, dict[Phase, str]] = {
     },
     "finished": {},
 }
-
-
-def render() -> str:
-    """The table as Markdown, for docs/core.md: a test holds the page to it."""
-    rows = ["| from | to | when |", "|---|---|---|"]
-    for source, targets in TABLE.items():
-        rows += [f"| {source} | {target} | {when} |" for target, when in targets.items()]
-    return "\n".join(rows)

@@ -123,9 +123,9 @@ def _settle(core: Moves, answers: dict[str, AgentAnswer]) -> None:
         if node not in answers:
             lost = f"node {node} is lost: it did not answer the new controller"
             s.losses[node] = s.losses.get(node, 0) + 1
-            core.blame("node_lost", "node", lost, weight=policy.OUTSIDE, node=node)
+            core.blame("node_lost", "node", lost, policy.OUTSIDE, node, None)
     if not s.exits and not s.causes:
-        core.blame("taken_over", "unknown", why, weight=policy.OURS)
+        core.blame("taken_over", "unknown", why, policy.OURS, None, None)
     core.request(why)
     # An unclean member is told to stop like the others, by the same command.
     s.away.difference_update(m.node for m in s.members if m.node in answers)
