@@ -29,13 +29,12 @@ from perdure.launchers.ray_agent import (
     NAMESPACE,
     STOP_S,
     AgentAnchor,
-    RayNode,
     actor_options,
     agent_prefix,
     alive_nodes,
     new_token,
-    resources_of,
 )
+from perdure.launchers.ray_places import Need, RayNode, places, shortage
 from perdure.runtime.cluster import AgentEndpoint, ClusterView
 from perdure.runtime.spec import JobSpec
 
@@ -68,7 +67,7 @@ class RayCluster:
     """
 
     def __init__(self, spec: JobSpec, token: str | None = None) -> None:
-        self._spec = spec
+        self._spec, self._need = spec, Need.of(spec)
         self._count, self._exclude = 0, frozenset[str]()
         self._anchors: dict[str, _Anchor] = {}
         self._avoid: dict[str, tuple[float, str]] = {}  # node: until when, and why
@@ -134,7 +133,8 @@ class RayCluster:
         missing = count - len(self._anchors)
         if missing > 0:
             nodes = alive_nodes()
-            for node in self._places(nodes, exclude)[:missing]:
+            left_out = exclude | self._avoided().keys()
+            for node in places(nodes, self._need, self._anchors, left_out)[:missing]:
                 self._place(node)
         else:
             nodes = []
@@ -211,21 +211,6 @@ class RayCluster:
         self._avoid[anchor.node] = (time.monotonic() + AVOID_S, why)
         self._end([anchor])
 
-    def _places(self, nodes: list[RayNode], exclude: frozenset[str]) -> list[RayNode]:
-        """Where an agent can be started now, those with the most free cards first."""
-        now = time.monotonic()
-        wanted = resources_of(self._spec)
-        (kind,) = wanted
-        usable = [
-            node
-            for node in nodes
-            if node.name not in self._anchors
-            and node.name not in exclude
-            and self._avoid.get(node.name, (0.0, ""))[0] <= now
-            and node.free.get(kind, 0.0) >= wanted[kind]
-        ]
-        return sorted(usable, key=lambda node: (-node.free.get(kind, 0.0), node.name))
-
     def _place(self, node: RayNode) -> None:
         spec = self._spec
         try:
@@ -260,26 +245,16 @@ class RayCluster:
         up = sum(1 for anchor in self._anchors.values() if anchor.endpoint)
         if up >= count:
             return ""
-        words = f"{up} of {count} nodes"
+        words = [f"{up} of {count} nodes"]
         if starting := [a.node for a in self._anchors.values() if a.endpoint is None]:
-            words += f"; starting on {', '.join(sorted(starting))}"
+            words.append(f"starting on {', '.join(sorted(starting))}")
         if len(self._anchors) < count:
-            (kind, slots), *_ = resources_of(self._spec).items()
-            others = [n for n in nodes if n.name not in self._anchors]
-            seen = [
-                f"{n.name}: "
-                + (
-                    "excluded"
-                    if n.name in exclude
-                    else self._avoid[n.name][1]
-                    if n.name in self._avoid
-                    else f"{n.free.get(kind, 0):g} of {n.total.get(kind, 0):g} {kind} free"
-                )
-                for n in others
-            ]
-            words += f"; no further node has {slots:g} free {kind}"
-            words += f" ({'; '.join(seen)})" if seen else " (the Ray cluster has no other node)"
-        return words
+            words.append(shortage(nodes, self._need, self._anchors, exclude, self._avoided()))
+        return "; ".join(words)
+
+    def _avoided(self) -> dict[str, str]:
+        now = time.monotonic()
+        return {node: why for node, (until, why) in self._avoid.items() if until > now}
 
 
 def _answers(endpoint: AgentEndpoint) -> bool:

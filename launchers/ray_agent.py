@@ -12,12 +12,10 @@ can call this actor can run any code on the cluster, so Ray itself is no boundar
 from __future__ import annotations
 
 import os
-import re
 import secrets
 import subprocess
 import tempfile
 import threading
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +23,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import perdure
+from perdure.launchers.ray_places import Need, RayNode, node_label
 from perdure.runtime.agent_start import start_agent
 from perdure.runtime.errors import NoPlace
 from perdure.runtime.spec import JobSpec
@@ -45,21 +44,6 @@ def controller_name(run: str) -> str:
     return f"perdure-controller-{run}"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RayNode:
-    """One node of the Ray cluster as it is now."""
-
-    node_id: str
-    name: str  # stable while the node lives, and unique: the label and a piece of Ray's id
-    free: dict[str, float]
-    total: dict[str, float]
-
-
-def node_label(node_name: str, node_id: str) -> str:
-    """Raylets of one host share its name, and a host that came back is another node to Ray."""
-    return f"{re.sub(r'[^A-Za-z0-9._-]', '_', node_name)}-{node_id[:6]}"
-
-
 def alive_nodes() -> list[RayNode]:
     """Blocks on Ray's control store: only for a thread that may wait."""
     from ray._private.state import available_resources_per_node  # Ray's own libraries use it too
@@ -77,14 +61,8 @@ def alive_nodes() -> list[RayNode]:
     ]
 
 
-def resources_of(spec: JobSpec) -> dict[str, float]:
-    """What one agent reserves: as many cards, or processors, as it will hold ranks."""
-    kind = {"cpu": "CPU", "cuda": "GPU", "npu": "NPU"}[spec.device]
-    return {kind: float(spec.nproc_per_node)}
-
-
 def actor_options(spec: JobSpec, node: RayNode) -> dict[str, Any]:
-    wanted = resources_of(spec)
+    need = Need.of(spec)
     return {
         "name": agent_prefix(spec.run) + node.name,
         "namespace": NAMESPACE,
@@ -92,9 +70,9 @@ def actor_options(spec: JobSpec, node: RayNode) -> dict[str, Any]:
         "max_restarts": 0,  # a second start is a decision, and deciding is not Ray's
         "max_task_retries": 0,
         "max_concurrency": 8,
-        "num_cpus": wanted.get("CPU", 0),
-        "num_gpus": wanted.get("GPU", 0),
-        "resources": {"NPU": wanted["NPU"]} if "NPU" in wanted else {},
+        "num_cpus": need.count if need.kind == "CPU" else 0,
+        "num_gpus": need.count if need.kind == "GPU" else 0,
+        "resources": {"NPU": need.count} if need.kind == "NPU" else {},
         "scheduling_strategy": NodeAffinitySchedulingStrategy(node.node_id, soft=False),
     }
 

@@ -25,6 +25,7 @@ from typing import Any
 
 import ray
 
+import perdure
 from perdure.checkpoint.errors import CheckpointError, KeyExists
 from perdure.checkpoint.store import Store, open_store
 from perdure.launchers.cluster_ray import RayCluster
@@ -71,7 +72,13 @@ class Controller:
         return self._where
 
     def _answers_at(self, port: int) -> dict[str, Any]:
-        return {"host": self._host, "port": port, "token": self._cluster.token, "pid": os.getpid()}
+        return {
+            "host": self._host,
+            "port": port,
+            "token": self._cluster.token,
+            "pid": os.getpid(),
+            "version": perdure.__version__,
+        }
 
     def _live(self) -> None:
         """The whole life of this incarnation. Ends the process, one way or the other."""

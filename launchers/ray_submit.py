@@ -21,6 +21,7 @@ from perdure.launchers.records import RunRecord
 from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+import perdure
 from perdure.checkpoint import errors as checkpoint_errors
 from perdure.checkpoint.store import open_store
 from perdure.launchers import records
@@ -64,9 +65,8 @@ def submit_ray(
         # Here, not in the controller: it may take half a minute, and a person should see why.
         refuse_if_alive(open_store(spec.store), known_dead=False, on_wait=resume.on_wait)
         resume = replace(resume, takeover=True)
-    controller = _create(spec, resume)
+    controller, place = _begin(spec, resume, found, say or _to_stderr)
     try:
-        place = _ask(controller.intake.remote(), ACTOR_S)
         peer = dial(place["host"], place["port"], place["token"], DIAL_S)
         peer.send({"kind": "secrets", "secrets": secrets, "store_env": store_env})
         with contextlib.closing(peer):
@@ -140,8 +140,52 @@ def _address() -> str:
     return str(ray.get_runtime_context().gcs_address)
 
 
-def _init(address: str | None) -> None:
-    ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
+def _init(address: str | None, runtime_env: dict[str, Any] | None = None) -> None:
+    ray.init(
+        address=address,
+        namespace=NAMESPACE,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        runtime_env=runtime_env,
+    )
+
+
+def _begin(
+    spec: JobSpec, resume: ResumeFrom | None, address: str, say: Callable[[str], None]
+) -> tuple[Any, dict[str, Any]]:
+    """A controller that waits for the credentials, and where it does.
+
+    It runs the perdure that is installed on the nodes if it is this version, else a copy of ours.
+    """
+    controller = _create(spec, resume)
+    try:
+        place = _ask(controller.intake.remote(), ACTOR_S)
+        if place["version"] == perdure.__version__:
+            return controller, place
+        say(f"the cluster has perdure {place['version']}: this one's code is sent along")
+        ray.kill(controller)
+        _wait_until_forgotten(controller_name(spec.run))
+    except _NotInstalled:
+        say("perdure is not installed on the nodes of this cluster: its code is sent along")
+    ray.shutdown()  # a module can be sent along only with a connection, as a whole
+    _init(address, {"py_modules": [perdure]})
+    controller = _create(spec, resume)
+    return controller, _ask(controller.intake.remote(), ACTOR_S)
+
+
+def _wait_until_forgotten(name: str) -> None:
+    """Ray keeps the name of a killed actor for a moment."""
+    end = time.monotonic() + DIAL_S
+    while time.monotonic() < end:
+        try:
+            ray.get_actor(name, namespace=NAMESPACE)
+        except ValueError:
+            return
+        time.sleep(0.05)
+
+
+class _NotInstalled(NoPlace):
+    """The worker that Ray started cannot import perdure."""
 
 
 def _create(spec: JobSpec, resume: ResumeFrom | None) -> Any:
@@ -183,7 +227,7 @@ def _ask(reference: Any, timeout_s: float) -> dict[str, Any]:
     except RayError as error:
         words = str(error)
         if "No module named 'perdure'" in words:
-            raise NoPlace(
+            raise _NotInstalled(
                 "perdure is not installed on the nodes of this Ray cluster",
                 hint="install the same version there, in the environment that Ray runs in",
             ) from error
