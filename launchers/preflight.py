@@ -187,7 +187,7 @@ def check_sharing(spec: JobSpec, cluster: str) -> None:
 
 
 def _is_private(url: str) -> bool:
-    from perdure.launchers.settings import home
+    from perdure.launchers.records import home
 
     return url.startswith(f"file://{os.path.abspath(home())}/") and "PERDURE_HOME" not in os.environ
 

@@ -16,6 +16,7 @@ from typing import Literal, cast, get_args
 from urllib.parse import urlsplit
 
 from perdure.launchers.options import Given
+from perdure.launchers.records import home
 from perdure.launchers.torchrun_options import judge
 from perdure.runtime.errors import UsageError
 from perdure.runtime.spec import Device, Entry, JobSpec, Timers
@@ -36,12 +37,6 @@ class Plan:
     json: bool = False
     dry_run: bool = False
     named: bool = False  # the user chose the run id: it may exist already
-
-
-def home(environ: Mapping[str, str] = os.environ) -> str:
-    """Where this machine keeps runs that have no other store, and its records of runs."""
-    state = environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
-    return environ.get("PERDURE_HOME") or os.path.join(state, "perdure")
 
 
 def run_id(target: str, now_s: float) -> str:
