@@ -182,7 +182,7 @@ class World:
 
     def quick(self) -> None:
         """Timers so short that silence is over in a moment."""
-        timers = Timers(beat_s=0.1, fence_s=0.3, takeover_s=0.6, orphan_grace_s=1.0)
+        timers = Timers(beat_s=0.1, fence_s=0.35, takeover_s=0.6, orphan_grace_s=1.0)
         self.spec = replace(self.spec, timers=timers)
 
     def make(self, observer: Callable[[Message, list[Message]], None] | None = None) -> Driver:
