@@ -97,9 +97,15 @@ def _places(found: Found, wanted: list[int]) -> tuple[Launch, list[Place]]:
         )
     base = found.record.log_dir if found.record is not None else None
     root = os.path.join(base or spec.log_dir or "", found.run)
-    return newest, [
-        Place(rank, os.path.join(root, newest.log_of(rank) or "")) for rank in wanted or all_ranks
-    ]
+    return newest, [Place(rank, _folder(root, newest, rank)) for rank in wanted or all_ranks]
+
+
+def _folder(root: str, launch: Launch, rank: int) -> str:
+    """Nodes that share a log folder tell their ranks apart by `<local rank>@<node>`."""
+    place = launch.log_of(rank)
+    assert place is not None, "only ranks of this launch are asked for"
+    shared = os.path.join(root, f"{place[0]}@{place[1]}")
+    return shared if os.path.isdir(shared) else os.path.join(root, place[0])
 
 
 def _pump(found: Found, attempt: Launch, places: list[Place], *, follow: bool) -> None:

@@ -71,6 +71,9 @@ def resume(given: Given) -> int:
         say(note)
     if plan.cluster == "local":
         _check_here(plan)
+    elif where == "local" and os.path.isdir(plan.spec.cwd):
+        # it ran where its code lies; now it goes where it does not
+        plan = _with_code(replace(plan, spec=replace(plan.spec, code="package")), store)
     back = ResumeFrom(
         step=settings.step_wanted(given), takeover=given.flag("takeover"), on_wait=say
     )

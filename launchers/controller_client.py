@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 from perdure.launchers.records import RunRecord, read
 from perdure.runtime.errors import RunProblem, WireError
@@ -25,7 +25,7 @@ class ControllerClient:
         self._timeout_s = timeout_s
         self._peer = dial(host, port, token, timeout_s)
 
-    def __enter__(self) -> ControllerClient:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:

@@ -184,11 +184,11 @@ class Launch:
     started_on: set[str] = field(default_factory=set)
     running_at_s: float | None = None  # when the last member had started
 
-    def log_of(self, rank: int) -> str | None:
-        """`attempt_<n>/<local rank>`, torchrun's layout below <log_dir>/<run>."""
-        for _, first, nproc in self.members:
+    def log_of(self, rank: int) -> tuple[str, str] | None:
+        """(`attempt_<n>/<local rank>`, node): torchrun's layout below <log_dir>/<run>."""
+        for node, first, nproc in self.members:
             if first <= rank < first + nproc:
-                return f"attempt_{int(self.attempt.rpartition('.')[2]) - 1}/{rank - first}"
+                return f"attempt_{int(self.attempt.rpartition('.')[2]) - 1}/{rank - first}", node
         return None
 
 

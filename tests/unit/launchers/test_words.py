@@ -170,8 +170,8 @@ def test_a_resume_takes_the_end_back() -> None:
 def test_where_a_rank_s_log_lies() -> None:
     tale = told(JOURNAL)
     assert [tale.launches[1].log_of(rank) for rank in (0, 3, 9)] == [
-        "attempt_1/0",
-        "attempt_1/1",
+        ("attempt_1/0", "n0"),
+        ("attempt_1/1", "n1"),
         None,
     ]
 
