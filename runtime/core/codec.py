@@ -45,10 +45,6 @@ def command_from_json(raw: Mapping[str, Json]) -> Command:
     return cast(Command, _message(_COMMANDS, raw))
 
 
-def is_event(kind: str) -> bool:
-    return kind in _EVENTS
-
-
 def attempt_from_text(text: str) -> Attempt:
     """ "2.7" -> Attempt(2, 7). Raises ValueError on anything else."""
     return Attempt.from_json_form(text)

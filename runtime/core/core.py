@@ -150,10 +150,9 @@ class Core(Moves):
         report = event.report
         if event.attempt != s.attempt or report.rank in s.exits:
             return
-        if s.phase not in LIVE and s.phase != "stopping":
-            return
-        s.exits[report.rank] = report
-        if s.phase == "stopping":
+        if s.phase in LIVE or s.phase == "stopping":
+            s.exits[report.rank] = report
+        if s.phase not in LIVE:
             return
         if report.exit_code == 0 and not report.by_us:
             if len(s.exits) == self.spec.world_size:
@@ -244,9 +243,8 @@ class Core(Moves):
     def _tick(self, event: events.Tick) -> None:
         s = self.state
         lapsed = [n for n, until in s.excluded.items() if until <= s.now_s]
-        for node in lapsed:
-            del s.excluded[node]
         if lapsed:
+            s.excluded = {n: until for n, until in s.excluded.items() if until > s.now_s}
             self.request(f"{', '.join(sorted(lapsed))} may be used again")
         deaf = sorted(n for n, (by, _) in s.cleaning.items() if by <= s.now_s)
         if deaf:

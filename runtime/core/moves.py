@@ -90,7 +90,7 @@ class Moves:
         s.members = members
         s.restore = s.line[0] if s.line else None
         s.started, s.exits, s.causes = set(), {}, []
-        s.step, s.first_step, s.steps_per_s, s.can_save = 0, None, 0.0, False
+        s.first_step, s.steps_per_s, s.can_save = None, 0.0, False
         s.step = s.restore.step if s.restore is not None else 0
         s.start_by_s = s.now_s + self.spec.timers.start_s
         s.waiting_for = ""

@@ -39,8 +39,7 @@ _SIGNALS = {
     25: "SIGXFSZ",
     31: "SIGSYS",
 }
-_SIGABRT = 6
-_SIGTERM = 15
+_SIGABRT, _SIGTERM = 6, 15
 # Sent by somebody else. The others a process brings upon itself, so the same again is the same bug.
 _FROM_OUTSIDE = frozenset({1, 2, 3, 9, 10, 12, 15})
 

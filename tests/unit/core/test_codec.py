@@ -32,7 +32,7 @@ def test_every_message_survives_the_journey(cls: type) -> None:
     @given(st.from_type(cls))
     def journey(message: Event | Command) -> None:
         line = json.loads(json.dumps(codec.to_json(message)))
-        is_event = codec.is_event(line["kind"])
+        is_event = cls in get_args(Event)
         read = codec.event_from_json if is_event else codec.command_from_json
         assert read(line) == message
         assert is_event == ("at" in line)
