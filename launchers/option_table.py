@@ -108,7 +108,7 @@ LAUNCH: tuple[Option, ...] = (
     Option(
         "tee", "what goes to both, with a prefix (default 0)", "STD", "-t", group="logs", pet=True
     ),
-    Option("json", "report as JSON, one object a line", group="logs"),
+    Option("json", "report as JSON, one object a line; ranks write to files only", group="logs"),
     Option("dry-run", "print the spec and start nothing"),
     # Everything else that torchrun 2.13 has; see torchrun_options.py.
     _t("standalone"),

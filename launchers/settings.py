@@ -76,7 +76,7 @@ def plan(given: Given, environ: Mapping[str, str], cwd: str, now_s: float) -> Pl
         secret_env=tuple(sorted(secret)),
         warm=not given.flag("no_warm"),
         log_dir=os.path.join(cwd, given.text("log_dir") or os.path.join(home(environ), "logs")),
-        redirects=_std(given, "redirects"),
+        redirects=_redirects(given),
         tee=_std(given, "tee"),
         tags=_tags(given),
         timers=_timers(given),
@@ -295,6 +295,13 @@ def _std(given: Given, dest: str) -> str:
             hint="0 none, 1 stdout, 2 stderr, 3 both; or LOCAL_RANK:N,... as in 0:3,1:2",
         )
     return text
+
+
+def _redirects(given: Given) -> str:
+    """With --json stdout is for objects: the ranks' output goes to their files unless asked for."""
+    return (
+        "3" if given.flag("json") and "redirects" not in given.values else _std(given, "redirects")
+    )
 
 
 def _timers(given: Given) -> Timers:
