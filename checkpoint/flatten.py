@@ -36,7 +36,7 @@ class _Stateful:
 
 @dataclass(slots=True)
 class Flat:
-    """`tensors` are live (detached, same storage). `leaves` are plain values, whole containers."""
+    """`tensors` are the live ones. `leaves` are plain values, whole containers."""
 
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     leaves: dict[str, object] = field(default_factory=dict)
@@ -64,7 +64,7 @@ class Flat:
     def add_tensor(self, path: str, tensor: torch.Tensor) -> None:
         """One more tensor to be filled (an entry that a fresh optimizer does not have yet)."""
         self._claim(path, None)
-        self.tensors[path] = tensor.detach()
+        self.tensors[path] = tensor
 
     def _claim(self, path: str, home: tuple[Any, Any] | None) -> None:
         if path in self._homes:
@@ -92,7 +92,7 @@ def _walk(
 ) -> None:
     if isinstance(value, torch.Tensor):
         flat._claim(path, home)
-        flat.tensors[path] = value.detach()
+        flat.tensors[path] = value
     elif _is_stateful(value):
         box = [value.state_dict()]
         flat._stateful[path] = _Stateful(value, box)

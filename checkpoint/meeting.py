@@ -12,9 +12,9 @@ named by those values, and waits for the answer to *its* question:
     checkpoints/meet/<digest of the values>/ask-<rank>-<uuid>       put by ranks 1 and up
     checkpoints/meet/<digest of the values>/answer-<uuid>           put by rank 0's uploader
 
-Rank 0 answers whoever asks (a question left by a dead launch is answered too, and read by nobody),
-and takes both away again when it is asked no more. It looks often until every rank was answered and
-seldom afterwards: a stale question may have stood in for a rank that has yet to come.
+Rank 0 answers whoever asks: a question left by a dead launch is answered too, and read by nobody.
+Such a one may stand in for a rank that has yet to come, so it goes on looking for QUIET_S after
+every rank seems to be answered, ever more seldom.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ from perdure.checkpoint.manifest import Point
 from perdure.checkpoint.store import Store
 
 ANSWER_WAIT_S = 300.0  # rank 0 may still be importing, building its model, downloading
-_LOOK_S_MIN, _LOOK_S_MAX, _SELDOM_S, _SELDOM_TIMES = 0.05, 1.0, 10.0, 60
+QUIET_S = 600.0
+_LOOK_S_MIN, _LOOK_S_MAX, _SELDOM_S = 0.05, 1.0, 30.0
 
 
 Decision = dict[str, Any]  # {"attempt": "1.4", "restore": {"step", "attempt"} or None}
@@ -88,8 +89,8 @@ def answer_all(store: Store, meeting: str, decision: Decision, ranks: int) -> No
 def _answer(store: Store, meeting: str, decision: Decision, ranks: int) -> None:
     folder = f"checkpoints/meet/{meeting}"
     answered: set[int] = set()
-    pause_s, seldom = _LOOK_S_MIN, 0
-    while seldom < _SELDOM_TIMES:
+    pause_s, heard = _LOOK_S_MIN, time.monotonic()
+    while len(answered) < ranks - 1 or time.monotonic() < heard + QUIET_S:
         try:
             asked = [e.key for e in store.list(folder) if e.key.startswith(f"{folder}/ask-")]
             for key in asked:
@@ -99,11 +100,10 @@ def _answer(store: Store, meeting: str, decision: Decision, ranks: int) -> None:
                 answered.add(int(rank))
         except StoreError:
             asked = []  # the asking rank waits; the store may be back when we look again
-        if len(answered) >= ranks - 1:
-            seldom, pause_s = (0 if asked else seldom + 1), _SELDOM_S
-        else:
-            pause_s = _LOOK_S_MIN if asked else min(pause_s * 1.5, _LOOK_S_MAX)
+        if asked:
+            pause_s, heard = _LOOK_S_MIN, time.monotonic()
         time.sleep(pause_s)
+        pause_s = min(pause_s * 1.5, _LOOK_S_MAX if len(answered) < ranks - 1 else _SELDOM_S)
 
 
 def _answer_one(store: Store, key: str, decision: Decision) -> None:

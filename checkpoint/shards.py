@@ -68,7 +68,7 @@ def part_of(fqn: str, tensor: torch.Tensor) -> Part | None:
             box=whole(shape),
             itemsize=tensor.itemsize,
         )
-        return Part(slot, tensor, first_replica=True, sharded=False)
+        return Part(slot, tensor.detach(), first_replica=True, sharded=False)
     return _dtensor_part(fqn, tensor)
 
 
@@ -87,7 +87,8 @@ def _dtensor_part(fqn: str, tensor: torch.Tensor) -> Part | None:
                 f"{fqn} is a DTensor placed as {placement}",
                 hint="only sharded and replicated placements can be stored: redistribute it first",
             )
-    local = tensor.to_local()
+    with torch.no_grad():
+        local = tensor.to_local()
     sizes, offsets = compute_local_shape_and_global_offset(tensor.shape, mesh, placements)
     if tuple(local.shape) != tuple(sizes):
         raise StateError(
@@ -108,7 +109,7 @@ def _dtensor_part(fqn: str, tensor: torch.Tensor) -> Part | None:
         box=Box(tuple(offsets), tuple(sizes)),
         itemsize=tensor.itemsize,
     )
-    return Part(slot, local.detach(), first_replica=first, sharded=True)
+    return Part(slot, local, first_replica=first, sharded=True)
 
 
 def _storable(fqn: str, tensor: torch.Tensor) -> None:

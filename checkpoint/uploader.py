@@ -161,26 +161,27 @@ def _serve_node(uploader: Uploader, listener: socket.socket, control: int, stop:
 def _serve_one(uploader: Uploader, connection: socket.socket, stop: int) -> float:
     """Serve the Checkpointer that started us. Returns how long its uploads may take to finish."""
     thread = uploader.serve(connection)
-    threading.Thread(
-        target=lambda: (thread.join(), os.write(signal_pipe[1], b"\0")), daemon=True
-    ).start()
+    over, tell_over = os.pipe()
+
+    def wait() -> None:
+        thread.join()
+        os.close(tell_over)
+
+    threading.Thread(target=wait, name="wait-for-the-end", daemon=True).start()
     poll = select.poll()
     poll.register(stop, select.POLLIN)
-    poll.poll()
-    return DRAIN_S if os.read(stop, 1) != b"\0" else ORPHAN_DRAIN_S
-
-
-signal_pipe = (-1, -1)
+    poll.register(over, 0)  # POLLHUP
+    signalled = stop in {fd for fd, _ in poll.poll()}
+    return DRAIN_S if signalled else ORPHAN_DRAIN_S
 
 
 def main() -> None:
     """Reads the configuration from stdin to its end; see the module for the rest."""
-    global signal_pipe
     config = json.loads(sys.stdin.buffer.read())
-    signal_pipe = os.pipe()
-    os.set_blocking(signal_pipe[1], False)
+    stop, wake = os.pipe()
+    os.set_blocking(wake, False)
     # The signal's number arrives on the pipe: the handler itself has nothing to do.
-    signal.set_wakeup_fd(signal_pipe[1])
+    signal.set_wakeup_fd(wake)
     signal.signal(signal.SIGTERM, lambda *_: None)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the job; its owner tells us
     uploader = Uploader(config)
@@ -190,11 +191,9 @@ def main() -> None:
             listener = socket.socket(fileno=config["listen_fd"])
             listener.setblocking(True)
             uploader.tell({"kind": "ready"})
-            _serve_node(uploader, listener, config["control_fd"], signal_pipe[0])
+            _serve_node(uploader, listener, config["control_fd"], stop)
         else:
-            drain_s = _serve_one(
-                uploader, socket.socket(fileno=config["channel_fd"]), signal_pipe[0]
-            )
+            drain_s = _serve_one(uploader, socket.socket(fileno=config["channel_fd"]), stop)
         uploader.uploads.drain(drain_s)
     except BaseException:  # noqa: BLE001 - whatever it is, threads must not keep the process
         traceback.print_exc()

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 import traceback
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +49,9 @@ class Session:
         self._next_arena = 0
         self._rank, self._world_size = 0, 1
         self._attempt: str | None = None
+        self._lock = threading.Lock()
+        self._ended = False  # the rank asks no more; it may still wait for news
+        self._pending = 0  # saves of which there will be news
 
     def run(self) -> None:
         """Until the rank closes its end, dies, or sends what is no frame."""
@@ -60,9 +64,7 @@ class Session:
                     os.close(fd)
                 self._answer(message)
         except ChannelClosed:
-            # Not closed here: a rank that only stopped asking may still wait for news. The socket
-            # goes with the last save that knows of this session.
-            return
+            self._account(ended=True)
 
     def _answer(self, message: Message) -> None:
         kind = message["kind"]
@@ -125,6 +127,7 @@ class Session:
         return {"kind": "layout"}, []
 
     def _on_staged(self, m: Message) -> tuple[Message, list[int]]:
+        self._account(pending=1)
         self._uploader.uploads.start(
             Staged(
                 id=m["save"],
@@ -175,9 +178,20 @@ class Session:
 
     def committed(self, save: Staged) -> None:
         self._news({"kind": "committed", "save": save.id})
+        self._account(pending=-1)
 
     def failed(self, save: Staged, error: CheckpointError) -> None:
         self._news({"kind": "failed", "save": save.id, **error_to_json(error)})
+        self._account(pending=-1)
+
+    def _account(self, *, pending: int = 0, ended: bool = False) -> None:
+        """Close the socket once nobody asks any more and there is no news to come."""
+        with self._lock:
+            self._pending += pending
+            self._ended = self._ended or ended
+            over = self._ended and not self._pending
+        if over:
+            self._channel.close()
 
     def _news(self, message: Message) -> None:
         with contextlib.suppress(ChannelClosed):  # the rank is gone: nobody to tell
