@@ -85,8 +85,9 @@ def say(text: str) -> None:
 
 
 def _early(plan: Plan) -> EarlyAgent | None:
-    if plan.cluster != "local":
-        return None
+    script = os.path.join(plan.spec.cwd, plan.spec.argv[0])
+    if plan.cluster != "local" or (plan.spec.entry == "script" and not os.path.isfile(script)):
+        return None  # the second will be refused: nothing needs to start for that
     from perdure.launchers.cluster_local import early_start
 
     return early_start(run=plan.spec.run, slots=plan.spec.nproc_per_node, warm=plan.spec.warm)

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -267,8 +268,27 @@ def test_stores_that_cannot_be_used_are_found_before_a_rank_starts(shell: Shell)
     assert not (shell.folder / "started").exists()
 
 
+def test_a_bucket_that_is_missing(shell: Shell, s3: Any) -> None:
+    shell.environ.update(s3.environment)
+    script = shell.script("open('started', 'w')")
+    _, err = shell(*RUN, "--store", "s3://no-such-bucket/runs", script, code=2)
+    assert "no-such-bucket" in err
+    assert "ucket" in err.split("what to do: ")[1]
+    assert not (shell.folder / "started").exists()
+
+
+def test_a_run_kept_in_a_bucket(shell: Shell, s3: Any) -> None:
+    shell.environ.update(s3.environment)
+    bucket = s3.bucket()
+    shell(*RUN, "--store", bucket, shell.script("print('x')"))
+    assert "finished" in shell("status", f"{bucket}/t-run")[0]
+    for path in (shell.folder / "home").rglob("*"):
+        if path.is_file():
+            assert b"moto-secret" not in path.read_bytes(), f"{path} holds a credential"
+
+
 def test_json_is_one_object_a_line(shell: Shell) -> None:
-    out, _ = shell(*RUN, "--json", "--redirects", "3", shell.script("print('x')"))
+    out, _ = shell(*RUN, "--json", shell.script("print('x')"))
     told = [json.loads(line) for line in out.splitlines()]
     assert told[-1]["kind"] == "summary"
     assert told[-1]["exit_code"] == 0
