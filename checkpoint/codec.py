@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from perdure.checkpoint.boxes import Box, Grid, Part, Parts, Split
-from perdure.checkpoint.errors import CheckpointError, FormatError
+from perdure.checkpoint.errors import FormatError
 from perdure.checkpoint.leaves import leaf_from_json, leaf_to_json
 from perdure.checkpoint.manifest import (
     AttemptRecord,
@@ -73,7 +73,7 @@ def decode(kind: type[R], data: bytes, key: str) -> R:
         fields.done()
     except FormatError as error:
         raise FormatError(f"{key}: {error}") from error
-    except (CheckpointError, KeyError, TypeError, ValueError, RecursionError) as error:
+    except (ArithmeticError, KeyError, RecursionError, TypeError, ValueError) as error:
         raise FormatError(f"{key} has a field of the wrong form: {error}") from error
     assert isinstance(record, kind)
     return record

@@ -121,10 +121,9 @@ class FsspecStore(Store):
     def _exists(self, key: str) -> bool:
         try:
             with self._said(key):
-                self._do("info", self._path(key))
+                return bool(self._do("info", self._path(key))["type"] == "file")
         except KeyMissing:
             return False
-        return True
 
     def _do(self, verb: str, *args: Any, **options: Any) -> Any:
         """A verb of the file system with a deadline, where its client is one that can be given one.
