@@ -123,6 +123,7 @@ def test_a_fresh_optimizer_is_completed_without_a_step_and_goes_on_bit_by_bit(no
     assert not counted
     for state in (unbroken, resumed):
         for _ in range(3):
+            state["optimizer"].zero_grad()
             state["model"](torch.ones(3, 4)).sum().backward()
             state["optimizer"].step()
             state["scheduler"].step()
