@@ -87,7 +87,8 @@ class Console:
         with contextlib.suppress(BlockingIOError):
             while os.read(self._inotify, 1 << 16):
                 pass
-        return any([self._copy(followed) for followed in self._followed.values()])
+        more = [self._copy(followed) for followed in self._followed.values()]
+        return any(more)
 
     def finish(self) -> None:
         """The ranks are gone: show the rest of what they wrote, and stop following."""

@@ -111,9 +111,7 @@ def spawn(
     """
     parent = os.getpid()
     pid = fork()
-    if pid:
-        return pid
-    _exec_child(argv, env, fds, cwd, new_session, parent)
+    return pid if pid else _exec_child(argv, env, fds, cwd, new_session, parent)
 
 
 def _exec_child(
@@ -139,7 +137,7 @@ def _exec_child(
     except PermissionError as error:
         code = 126
         os.write(2, f"perdure: cannot run {argv[0]}: {error}\n".encode())
-    except BaseException as error:
+    except BaseException as error:  # noqa: BLE001 - nothing may climb into the parent's stack
         os.write(2, f"perdure: cannot run {argv[0]}: {error}\n".encode())
     finally:
         os._exit(code)

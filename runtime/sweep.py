@@ -22,6 +22,20 @@ RUN_MARK, NODE_MARK, AGENT_MARK = "PERDURE_RUN", "PERDURE_NODE", "PERDURE_AGENT"
 _SWEEP_S = 3.0  # a killed process that is not gone by then hangs in the kernel: we say so and leave
 
 
+def socket_folder(mark: str) -> str:
+    """Where an agent's sockets lie: short, because a socket's path has at most 107 bytes."""
+    return os.path.join(os.environ.get("TMPDIR", "/tmp"), f"perdure-{os.getuid()}-{mark}")
+
+
+def remove_sockets(mark: str) -> None:
+    """What an agent that was killed could not clean up."""
+    folder = socket_folder(mark)
+    if os.path.isdir(folder):
+        for name in os.listdir(folder):
+            os.unlink(os.path.join(folder, name))
+        os.rmdir(folder)
+
+
 def children(pid: int) -> list[int]:
     found: list[int] = []
     try:
@@ -76,11 +90,13 @@ def marked(**marks: str) -> list[int]:
 
 
 def kill_marked(*, spare_agent: str | None = None, **marks: str) -> int:
-    """Kill what carries `marks`, but not what `spare_agent` started. Returns how many."""
+    """Kill what carries `marks`, but not what `spare_agent` started nor our parent: the warden."""
     count = 0
     wanted = {f"{name}={value}".encode() for name, value in marks.items()}
     spared = f"{AGENT_MARK}={spare_agent}".encode()
     for pid in marked(**marks):
+        if pid == os.getppid():
+            continue
         try:
             handle = os.pidfd_open(pid)
         except ProcessLookupError:

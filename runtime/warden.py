@@ -103,7 +103,9 @@ def _reap(agent: int) -> int | None:
 
 
 def _after(status: int) -> int:
-    left = sweep.kill_descendants(os.getpid(), marked=os.environ.get(sweep.AGENT_MARK))
+    mark = os.environ[sweep.AGENT_MARK]
+    left = sweep.kill_descendants(os.getpid(), marked=mark)
+    sweep.remove_sockets(mark)
     code = os.waitstatus_to_exitcode(status)
     return 0 if code == 0 and not left else _LEFT_BEHIND if code <= 0 else code
 

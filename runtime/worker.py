@@ -90,7 +90,7 @@ class _Script:
             if self._entry == "module":
                 self._module()
             elif os.path.isfile(self._argv[0]) and not self._argv[0].endswith((".pyc", ".zip")):
-                exec(self._code(), sys.modules["__main__"].__dict__)
+                exec(self._code(), sys.modules["__main__"].__dict__)  # noqa: S102 - the script
             else:
                 self._folder_or_archive()
         except SystemExit as leave:
@@ -203,7 +203,7 @@ def hooks(page: beatpage.BeatPage) -> tuple[Callable[..., None], Callable[..., N
     """
     words, now_ns = page.words, time.monotonic_ns
     counts: list[tuple[ref[object], list[int]]] = []
-    last: Callable[[], object | None] = lambda: None  # noqa: E731 - same shape as a weak reference
+    last: Callable[[], object | None] = lambda: None
     count = [0]
 
     def before(_optimizer: object, _args: object, _kwargs: object) -> None:

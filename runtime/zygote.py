@@ -84,7 +84,7 @@ def _import() -> str | None:
     try:
         for name in _PRELOAD:
             importlib.import_module(name)
-    except Exception as error:  # whatever a broken installation raises: a cold rank will show it
+    except Exception as error:  # noqa: BLE001 - whatever a broken installation raises: a cold rank will show it
         return f"importing torch failed: {type(error).__name__}: {error}"
     gc.freeze()
     empty = os.fork()
@@ -175,7 +175,7 @@ def _store(wanted: dict[str, Any], fd: int, agent: int, middle: int) -> NoReturn
         proc.die_with_parent(agent)
         while store is not None:
             signal.pause()
-    except BaseException as error:
+    except BaseException as error:  # noqa: BLE001 - nothing may climb into the zygote's stack
         os.write(2, f"perdure: the rendezvous store failed: {error}\n".encode())
     finally:
         os._exit(code)

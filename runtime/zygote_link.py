@@ -40,6 +40,7 @@ class ZygoteLink:
         try:
             with open(memory, "wb", closefd=False) as file:
                 file.write(json.dumps(request).encode())
+            os.lseek(memory, 0, os.SEEK_SET)
             socket.send_fds(self._sock, [b"launch"], [memory, *fds])
         except (BrokenPipeError, ConnectionResetError):
             return False
