@@ -23,17 +23,19 @@ import time
 from pathlib import Path
 from typing import Any
 
+from perdure.checkpoint.store import Store
 from perdure.launchers import records
 from perdure.launchers.cluster_local import LocalCluster, new_token, state_of
 from perdure.launchers.records import RunRecord
 from perdure.runtime import errors
-from perdure.runtime.errors import PerdureError, RunProblem
-from perdure.runtime.opening import ResumeFrom
+from perdure.runtime.errors import PerdureError, RunProblem, StoreProblem
+from perdure.runtime.opening import Opening, ResumeFrom, prepare
 from perdure.runtime.spec import JobSpec
 
 BEGIN_S = 60.0  # a controller reads its store within this, or says why not
 RESTARTS_MAX = 10  # of a controller within RESTARTS_WINDOW_S: then it is broken, not killed
 RESTARTS_WINDOW_S = 60.0
+STORE_RETRY_S = 5.0
 _PROGRAM = (
     "import sys; sys.path.pop(0); from perdure.launchers.local_controller import main; main()"
 )
@@ -132,19 +134,14 @@ def _control(config: Config) -> None:
 
 
 def _drive(config: Config, spec: JobSpec, over: threading.Event) -> int:
-    # After the guard's program was read: these cost time that a guard does not need to spend.
+    # Here, because the guard never needs them, and it lives as long as the job does.
     from perdure.launchers.job import begin, open_run, record_of
     from perdure.runtime.driver import Driver
 
     again = config.get("again", False)
     resume = ResumeFrom(**config["resume"]) if config["resume"] is not None else None
     store = open_run(spec.store)
-    if again:
-        from perdure.runtime.opening import prepare
-
-        opening = prepare(store)
-    else:
-        opening = begin(spec, store, resume)
+    opening = _prepared_again(store) if again else begin(spec, store, resume)
     cluster = LocalCluster(
         spec.run,
         slots=spec.nproc_per_node,
@@ -171,6 +168,16 @@ def _drive(config: Config, spec: JobSpec, over: threading.Event) -> int:
         return driver.run()
     finally:
         over.set()
+
+
+def _prepared_again(store: Store) -> Opening:
+    """The gang may be training: an outage of the store must not end it, so it is waited for."""
+    while True:
+        try:
+            return prepare(store)
+        except StoreProblem as error:
+            print(f"perdure: cannot go on yet: {error}", file=sys.stderr, flush=True)
+            time.sleep(STORE_RETRY_S)
 
 
 def _say(answer: dict[str, Any]) -> None:
