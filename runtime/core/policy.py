@@ -72,13 +72,13 @@ def cause_of_exit(report: ExitReport) -> Cause:
     who = f"rank {report.rank} on {report.node}"
     kind, weight, signature = "rank_exit", ERROR, ""
     blame: Blame = "user"
-    if report.by_us:
+    if report.by_us and not report.error:
         blame, weight, kind = "network", OURS, "fenced"
         what = f"{who} was ended by its agent, which had lost the controller"
     elif report.oom:
         blame, weight, signature = "out_of_memory", OUTSIDE, "out_of_memory"
         what = f"{who} was ended by the kernel for want of memory"
-    elif report.signal is not None:
+    elif report.signal is not None and not report.by_us:
         name, kind = signal_name(report.signal), "rank_signal"
         blame = "preemption" if report.signal == _SIGTERM else "unknown"
         # An abort is often a watchdog's, on a victim: no better evidence than an exception.
@@ -91,10 +91,12 @@ def cause_of_exit(report: ExitReport) -> Cause:
             blame, weight = "network", VICTIM
         else:
             blame = next((b for b, text in _BLAMES if text.search(error)), "user")
-            signature = f"exit {report.exit_code} {masked(error)} {where}"
+            signature = f"exit {report.exit_code or 1} {masked(error)} {where}"
         tail = f": {error}" * bool(error) + f" ({where})" * bool(where)
-        what = f"{who} ended with exit code {report.exit_code}{tail}"
-    code = 128 + report.signal if report.signal is not None else (report.exit_code or 1)
+        # We may have killed it while it was leaving with an error of its own: that error counts.
+        what = f"{who} ended with exit code {report.exit_code or 1}{tail}"
+    outside = report.signal is not None and not report.by_us
+    code = 128 + (report.signal or 0) if outside else (report.exit_code or 1)
     fault = Fault(
         at_s=report.at_s, kind=kind, blame=blame, rank=report.rank, node=report.node, because=what
     )

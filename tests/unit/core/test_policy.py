@@ -25,6 +25,7 @@ def report(**more: object) -> ExitReport:
         (report(signal=9), "unknown", policy.OUTSIDE, False),
         (report(signal=9, oom=True), "out_of_memory", policy.OUTSIDE, True),
         (report(signal=9, by_us=True), "network", policy.OURS, False),
+        (report(signal=9, by_us=True, error="ValueError: x"), "user", policy.ERROR, True),
         (report(signal=15), "preemption", policy.OUTSIDE, False),
         (report(signal=11), "unknown", policy.OUTSIDE, True),
         (report(signal=6), "unknown", policy.ERROR, True),
