@@ -221,6 +221,8 @@ def _receipt_from_json(f: _Fields) -> Receipt:
     blocks = -(-(receipt.size - receipt.data_start) // receipt.block)
     if len(receipt.crc32c) != blocks or receipt.writer >= receipt.writers:
         raise FormatError("its digests do not fit its size, or its writer their number")
+    if any(not c.begin <= c.end <= receipt.size - receipt.data_start for c in receipt.chunks):
+        raise FormatError("a chunk reaches out of its object")
     return receipt
 
 

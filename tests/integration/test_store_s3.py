@@ -330,3 +330,35 @@ def test_urls_that_cannot_be_stores() -> None:
         open_store("s3:///run")
     shown = open_store("s3://user:pass@bucket/run", {"key": "k", "secret": "s"})
     assert shown.url == "s3://bucket/run"
+
+
+def test_the_keys_of_a_profile_are_used(
+    s3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    path = tmp_path / "credentials"
+    path.write_text("[lab]\naws_access_key_id = AKIDLAB\naws_secret_access_key = s\n")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(path))
+    url = f"{s3.bucket()}/run"
+    store = open_store(url, {"profile": "lab", "endpoint_url": s3.endpoint})
+    store.probe()
+    assert store.capabilities().client == "obstore"
+
+
+def test_an_option_obstore_has_no_word_for_goes_to_s3fs(s3) -> None:
+    options = {**s3.options, "default_block_size": 8 << 20}
+    store = open_store(f"{s3.bucket()}/run", options)
+    assert store.capabilities().client == "s3fs"
+    store.probe()
+
+
+def test_any_other_url_goes_through_fsspec(tmp_path: Path) -> None:
+    store = open_store(f"local://{tmp_path}/run")
+    assert store.capabilities() == Capabilities("native", "fsspec")
+    store.probe()
+    store.put("a/k", b"value", create=True)
+    with pytest.raises(KeyExists):
+        store.put("a/k", b"other", create=True)
+    assert store.get("a/k", 1, 3) == b"al"
+    assert [entry.key for entry in store.list("a")] == ["a/k"]

@@ -123,6 +123,8 @@ def resealed(data: bytes, **changed: object) -> bytes:
         ({"writer": 2}, "writer"),
         ({"chunks": [["w", "float32", [8], [0, 0], [4, 4], 0, 64]]}, "dimensions"),
         ({"chunks": [["w"]]}, "wrong form"),
+        ({"chunks": [["w", "float32", [8, 4], [0, 0], [4, 4], 1, 65]]}, "reaches out"),
+        ({"chunks": [["w", "float32", [8, 4], [0, 0], [4, 4], 9, 8]]}, "reaches out"),
         ({"leaves": {"x": {"pickle": "gASV"}}}, "unknown form"),
         ({"parent": {"step": 1}}, "'attempt' is missing"),
     ],
