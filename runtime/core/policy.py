@@ -95,8 +95,7 @@ def cause_of_exit(report: ExitReport) -> Cause:
         tail = f": {error}" * bool(error) + f" ({where})" * bool(where)
         # We may have killed it while it was leaving with an error of its own: that error counts.
         what = f"{who} ended with exit code {report.exit_code or 1}{tail}"
-    outside = report.signal is not None and not report.by_us
-    code = 128 + (report.signal or 0) if outside else (report.exit_code or 1)
+    code = 128 + report.signal if report.signal and not report.by_us else report.exit_code or 1
     fault = Fault(
         at_s=report.at_s, kind=kind, blame=blame, rank=report.rank, node=report.node, because=what
     )
