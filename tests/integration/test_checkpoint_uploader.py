@@ -212,7 +212,7 @@ class Gate:
                     self.end_headers()
                     self.wfile.write(data)
 
-            do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = _pass  # noqa: N815
+            do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = _pass
 
             def log_message(self, *_: object) -> None:
                 """Not on the test's output."""
