@@ -73,10 +73,13 @@ def open_run(found: Found) -> Store:
 
 
 def read_spec(store: Store) -> JobSpec:
+    """The spec as the newest resume left it; spec.json itself never changes."""
     from perdure.checkpoint.errors import CheckpointError
 
     try:
-        return JobSpec.from_json(store.get("spec.json").decode("utf-8", "replace"))
+        resumed = [e.key for e in store.list("journal") if e.key.startswith("journal/spec-")]
+        key = max(resumed, default="spec.json")
+        return JobSpec.from_json(store.get(key).decode("utf-8", "replace"))
     except CheckpointError as error:
         raise StoreProblem(str(error), hint=error.hint) from error
 
