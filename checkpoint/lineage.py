@@ -271,8 +271,8 @@ def try_commit(store: Store, folder: str) -> Commit | None:
     manifest = manifest_of([one, *rest])
     key = keys.manifest_key(folder)
     commit = commit_of(manifest, key)
-    _put_or_find(store, key, encode(manifest))
-    _put_or_find(store, keys.commit_key(point), encode(commit))
+    put_or_find(store, key, encode(manifest))
+    put_or_find(store, keys.commit_key(point), encode(commit))
     return commit
 
 
@@ -316,7 +316,8 @@ def _stored(
     return receipt, ObjectRef(receipt.writer, receipt.key, receipt.size, key, digest(data))
 
 
-def _put_or_find(store: Store, key: str, data: bytes) -> None:
+def put_or_find(store: Store, key: str, data: bytes) -> None:
+    """Create-only, and content to find its own bytes there: a put may be asked twice."""
     try:
         store.put(key, data, create=True)
     except KeyExists:
