@@ -181,7 +181,7 @@ class Uploads:
             leaves={path: leaf_from_json(raw) for path, raw in save.leaves.items()},
             aliases=layout.aliases,
         )
-        store.put(keys.receipt_key(folder, save.writer), encode(receipt))
+        lineage.put_or_find(store, keys.receipt_key(folder, save.writer), encode(receipt))
 
     def _record(self, attempt: str, parent: Point | None) -> AttemptRecord:
         """The attempt's record, whose nonce names the folder in which all its writers meet.
