@@ -144,7 +144,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=16, help="samples a step, over all ranks")
     parser.add_argument("--save-every", type=int, default=None, help="steps (default: perdure's)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--log", type=Path, help="rank 0 appends a JSON line a step to this file")
+    # not `--log`: torchrun takes that for an abbreviation of its own --log-dir
+    parser.add_argument(
+        "--losses", type=Path, help="rank 0 appends a JSON line a step to this file"
+    )
     parser.add_argument("--store", help="URL for checkpoints, where no launcher names one")
     parser.add_argument("--fsdp", action="store_true", help="shard with FSDP2 instead of DDP")
     parser.add_argument("--lr", type=float, default=1e-3)
@@ -201,10 +204,10 @@ def main() -> None:
         dist.all_reduce(mean)
         value = mean.item() / run.world_size
         run.beat(step, loss=value)  # perdure: optional; tells the loss
-        if args.log and run.rank == 0:
+        if args.losses and run.rank == 0:
             line = {"step": step, "loss": value.hex(), "samples": samples, "attempt": run.attempt}
-            with args.log.open("a") as log:
-                log.write(json.dumps(line) + "\n")
+            with args.losses.open("a") as file:
+                file.write(json.dumps(line) + "\n")
         if run.due(step) or step == args.steps:  # perdure: true on every rank at the same step
             rng[f"rank{run.rank}"].copy_(torch.get_rng_state())
             handle = checkpointer.save(step, state)  # perdure: returns once the bytes are copied

@@ -56,7 +56,7 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> list[Line]:
     folder = tmp_path_factory.mktemp("unbroken")
     log = folder / "log"
     options = ["--nproc-per-node", "2", "--store", folder.as_uri()]
-    with Job([perdure("run", *options, *TRAIN, "--log", str(log))]) as job:
+    with Job([perdure("run", *options, *TRAIN, "--losses", str(log))]) as job:
         finish(job)
     lines = read(log)
     assert [line.step for line in lines] == list(range(1, STEPS + 1))
@@ -68,7 +68,7 @@ def test_a_run_with_two_kills_equals_the_unbroken_run(tmp_path: Path, unbroken: 
     log = tmp_path / "log"
     options = ["--nproc-per-node", "2", "--store", tmp_path.as_uri()]
     chance = random.Random(7)
-    with Job([perdure("run", *options, str(OBSERVED), *TRAIN, "--log", str(log))]) as job:
+    with Job([perdure("run", *options, str(OBSERVED), *TRAIN, "--losses", str(log))]) as job:
         for step in (chance.randint(8, 14), chance.randint(20, 28)):
             # by the log, not by the stamps: those count the steps of one process
             assert job.wait_for(
@@ -98,7 +98,7 @@ def test_the_same_script_under_torchrun_and_plain_python(
 ) -> None:
     """No agent anywhere: the losses are those of `perdure run`, and the checkpoints are found."""
     log = tmp_path / "log"
-    script = [*TRAIN, "--log", str(log), "--store", (tmp_path / "run").as_uri()]
+    script = [*TRAIN, "--losses", str(log), "--store", (tmp_path / "run").as_uri()]
     with Job([torchrun("--nproc-per-node", "2", *script)]) as job:
         finish(job)
     assert [line.loss for line in read(log)] == [line.loss for line in unbroken]
@@ -112,7 +112,7 @@ def test_the_same_script_under_torchrun_and_plain_python(
 def test_sharded_training_is_killed_and_goes_on(tmp_path: Path) -> None:
     log = tmp_path / "log"
     options = ["--nproc-per-node", "2", "--store", tmp_path.as_uri()]
-    command = perdure("run", *options, str(OBSERVED), *TRAIN, "--log", str(log), "--fsdp")
+    command = perdure("run", *options, str(OBSERVED), *TRAIN, "--losses", str(log), "--fsdp")
     with Job([command]) as job:
         assert job.wait_for("step 12", lambda: log.exists() and read(log)[-1].step >= 12, 60)
         old = job.pids(2)
