@@ -102,7 +102,7 @@ class Training:
             str(Path(sys.executable).with_name("perdure")), "submit",
             "--cluster", self.nodes.address, "--nnodes", "2", "--nproc-per-node", "2",
             "--spares", str(self.spares), "--store", f"s3://{BUCKET}", "--name", self.name,
-            *TRAIN, "--log", str(self.log),
+            *TRAIN, "--losses", str(self.log),
         ]  # fmt: skip
         told("$ " + shlex.join(["perdure", *command[1:]]))
         done = subprocess.run(
