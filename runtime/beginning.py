@@ -54,7 +54,11 @@ class Beginning:
         line, opening = self._line, self._opening
         if line is None:
             return None
-        if opening.state is None:
+        answers = self._answers() if opening.restarted else ()
+        if answers is None:
+            return None
+        launched = [a for a in answers if a.attempt is not None]
+        if opening.state is None and not launched:
             return Started(
                 at_s=stamp_s(),
                 term=opening.term,
@@ -62,10 +66,6 @@ class Beginning:
                 line=line.points,
                 by=opening.by,
             )
-        answers = self._answers()
-        if answers is None:
-            return None
-        launched = [a for a in answers if a.attempt is not None]
         if launched:
             newest = max(launched, key=_by_attempt)
             assert newest.attempt is not None
@@ -73,13 +73,15 @@ class Beginning:
         return TookOver(at_s=stamp_s(), term=opening.term, answers=answers, line=line.points)
 
     def _answers(self) -> tuple[AgentAnswer, ...] | None:
-        state = self._opening.state
-        assert state is not None
-        answers = self._fleet.answers()
-        expected = {m.node for m in state.members} | state.cleaning.keys() | state.offered.keys()
-        gone = {node for node, _port in self._fleet.gone}
-        silent = expected - answers.keys() - gone
-        if silent and time.monotonic() - self._begun_s < self._patience_s:
+        """None while somebody may still answer."""
+        state, answers = self._opening.state, self._fleet.answers()
+        if state is not None:
+            known = {m.node for m in state.members} | state.cleaning.keys() | state.offered.keys()
+            gone = {node for node, _port in self._fleet.gone}
+            missing = len(known - answers.keys() - gone)
+        else:  # it died before its first words: whatever agents the cluster finds may hold a gang
+            missing = self._performer.wanted - len(answers)
+        if missing > 0 and time.monotonic() - self._begun_s < self._patience_s:
             return None
         return tuple(answers[node] for node in sorted(answers))
 

@@ -37,7 +37,7 @@ from perdure.runtime.core.events import (
 from perdure.runtime.errors import RunProblem
 from perdure.runtime.fleet import Agent, Fleet
 from perdure.runtime.heard import event_of
-from perdure.runtime.journal import Journal, Line
+from perdure.runtime.journal import Journal, Line, over
 from perdure.runtime.opening import Opening
 from perdure.runtime.people import status_json
 from perdure.runtime.performer import Performer
@@ -296,7 +296,7 @@ class Driver:
         lines.append({"kind": "alive", "at": at_s, "term": self._term, "status": self.status()})
         finish = self._performer.finished
         if finish is not None:
-            lines.append({**codec.to_json(finish), "at": at_s})
+            lines.append(over(at_s, finish.exit_code, finish.because))
         return lines
 
     # What agents say.

@@ -132,6 +132,9 @@ class Fleet:
             agent.ready, agent.unfit = True, ""
             for command in agent.unanswered:
                 self._to(agent, command)
+        elif kind == "failed" and message.get("attempt"):
+            agent.unanswered = [m for m in agent.unanswered if m["kind"] != "launch"]
+            self._on_message(agent, message)
         elif kind == "failed":
             agent.ready, agent.unfit = False, str(message.get("why", "no reason given"))
             self._say(agent.endpoint.node, f"cannot take the job: {agent.unfit}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from perdure.runtime.core import codec
 from perdure.runtime.core.events import (
+    CommandFailed,
     Event,
     ExitReport,
     GangStarted,
@@ -22,6 +23,9 @@ def event_of(node: str, message: Message, at_s: float) -> Event:
         return GangStarted(at_s=at_s, attempt=attempt, node=node)
     if kind == "stopped":
         return GangStopped(at_s=at_s, attempt=attempt, node=node)
+    if kind == "failed":
+        why = str(message.get("why"))
+        return CommandFailed(at_s=at_s, command="launch_gang", attempt=attempt, node=node, why=why)
     if kind == "exited":
         # Nodes' clocks differ: what is compared between them is when we heard of it.
         report = codec.decode(ExitReport, {**message["report"], "at": at_s, "node": node})

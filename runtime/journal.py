@@ -1,7 +1,7 @@
 """What was decided and why, in the run's folder: enough for a new controller to go on from.
 
 A segment is an immutable object of JSON lines, named by term and number. It begins with a snapshot
-of the core (`state`) and of what people see (`alive`), so that the last segment alone is enough;
+of the core (`state`) and of what people see (`alive`), and with `over` once the run has ended, so that the last segment alone is enough;
 the lines between two snapshots are the story: events, commands with their reasons, notes. It ends
 with a `seal`, the SHA-256 of the lines before it: a segment that was cut short or altered is seen as
 such, named, and left aside for the one before it.
@@ -37,6 +37,7 @@ DECISION_S = 0.5  # lines of one decision wait so long for their like
 SEGMENT_S = 10.0  # the journal moves at least this often; readers allow 15
 RETRY_S = (1.0, 2.0, 5.0, 10.0)
 LINES_MAX = 20_000
+HEAD = ("state", "alive", "opening", "over")  # kinds of a segment's head: no part of the story
 _TERMS_TRIED_MAX = 100
 
 
@@ -76,6 +77,11 @@ def _term_of(key: str) -> int | None:
     if name.startswith("term-") and name.endswith(".json") and name[5:-5].isdigit():
         return int(name[5:-5])
     return None
+
+
+def over(at_s: float, exit_code: int, because: str) -> Line:
+    """The line in a segment's head that says that the run has ended."""
+    return {"kind": "over", "at": at_s, "exit_code": exit_code, "because": because}
 
 
 def seal(lines: list[Line]) -> bytes:
@@ -212,7 +218,7 @@ class JournalView:
             except (ValueError, CheckpointError) as error:
                 yield {"kind": "damaged", "at": self.last_at, "key": key, "because": str(error)}
                 continue
-            yield from (line for line in lines if line["kind"] not in ("state", "alive", "opening"))
+            yield from (line for line in lines if line["kind"] not in HEAD)
 
 
 def read(store: Store) -> JournalView:
@@ -247,7 +253,7 @@ def _view(
     problems: tuple[str, ...],
 ) -> JournalView:
     newest = {line["kind"]: line for line in lines}
-    finish = newest.get("finish")
+    finish = newest.get("over")
     return JournalView(
         store=store,
         term=max(terms, default=0),

@@ -34,6 +34,7 @@ class Opening:
     by: str  # "run", "resume", "resume --step 40": shown to people
     counter: int = 0  # the highest that the journal knows
     step: int | None = None  # asked for by a person
+    restarted: bool = False  # agents of a controller before us may hold a gang
     state: CoreState | None = None  # of the controller before us, whose agents may live
     problems: tuple[str, ...] = ()  # segments that could not be read
 
@@ -82,6 +83,7 @@ def prepare(store: Store, *, resume: ResumeFrom | None = None, known_dead: bool 
             by=begun.get("by", by),
             counter=begun.get("counter", 0),
             step=begun.get("step", resume.step if resume is not None else None),
+            restarted=resume is None and term > 1,
             problems=view.problems,
         )
     try:
@@ -92,7 +94,7 @@ def prepare(store: Store, *, resume: ResumeFrom | None = None, known_dead: bool 
             hint="was it written by a newer perdure? Then use that version",
         ) from error
     if resume is None:
-        return Opening(term=term, by=by, state=state, problems=view.problems)
+        return Opening(term=term, by=by, restarted=True, state=state, problems=view.problems)
     return Opening(
         term=term, by=by, counter=state.counter, step=resume.step, problems=view.problems
     )

@@ -199,6 +199,7 @@ def pids_of(bench: Bench, ranks: int) -> set[int]:
 def submitted(bench: Bench, steps: int, pause_s: float = 0.05, **more: Any) -> Job:
     job = submit(bench.spec(steps, pause_s, nproc_per_node=2, **more))
     bench.wait(lambda: bench.steps(0) and bench.steps(1), "the first steps")
+    bench.wait(lambda: "gang_started" in str(bench.lines()), "the journal to follow", 2.0)
     return job
 
 
@@ -218,7 +219,7 @@ def test_a_submitted_job_outlives_its_submitter(bench: Bench) -> None:
 
 
 def test_a_killed_controller_is_replaced_and_no_rank_notices(bench: Bench) -> None:
-    job = submitted(bench, 150)
+    job = submitted(bench, 80)
     before = pids_of(bench, 2)
     old = kill_controller(bench)
     fresh = bench.wait(
@@ -229,7 +230,7 @@ def test_a_killed_controller_is_replaced_and_no_rank_notices(bench: Bench) -> No
     kinds = [line["kind"] for line in bench.lines()]
     assert kinds.count("launch_gang") == 1 and "took_over" in kinds
     assert pids_of(bench, 2) == before
-    assert [row[1] for row in bench.steps(0)] == list(range(1, 151))
+    assert [row[1] for row in bench.steps(0)] == list(range(1, 81))
 
 
 def test_a_controller_killed_in_a_recovery_is_followed_by_one_that_finishes_it(
@@ -258,7 +259,7 @@ def test_a_controller_killed_in_a_recovery_is_followed_by_one_that_finishes_it(
 
 
 def test_controller_and_guard_bring_each_other_back(bench: Bench) -> None:
-    job = submitted(bench, 200)
+    job = submitted(bench, 80)
     (guard,) = bench.wait(lambda: bench.controllers("guard"), "the guard")
     os.kill(guard, signal.SIGKILL)
     bench.wait(lambda: (pids := bench.controllers("guard")) and pids != [guard], "another guard")
@@ -266,6 +267,17 @@ def test_controller_and_guard_bring_each_other_back(bench: Bench) -> None:
     bench.wait(lambda: (r := records.read(bench.run)) and r.pid != old, "another controller")
     assert job.wait(60.0) == 0
     assert [line["kind"] for line in bench.lines()].count("launch_gang") == 1
+
+
+def test_a_controller_killed_before_its_first_words(bench: Bench) -> None:
+    """The gang was launched, and the journal does not know of it yet."""
+    job = submit(bench.spec(60, 0.05))
+    bench.wait(lambda: bench.steps(0), "the first step")
+    old = kill_controller(bench)
+    before = pids_of(bench, 1)
+    bench.wait(lambda: (r := records.read(bench.run)) and r.pid != old, "another controller")
+    assert job.wait(60.0) == 0
+    assert pids_of(bench, 1) == before
 
 
 def test_a_stop_from_elsewhere(bench: Bench) -> None:

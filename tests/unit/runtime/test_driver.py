@@ -139,6 +139,24 @@ def test_a_silent_node_gets_no_ack_and_is_given_up(make_world: Any, until: Any) 
     assert [m[0] for m in spare.launch["members"]] == ["n1"]
 
 
+def test_a_launch_that_fails_is_stopped_and_tried_again(make_world: Any, until: Any) -> None:
+    world = make_world(nnodes=2)
+    first, second = world.agents
+    second.deaf.add("launch")
+
+    def script() -> Script:
+        yield lambda status, lines: "launch" in second.kinds()
+        second.deaf.clear()
+        second.say(kind="failed", attempt="1.1", why="no such file")
+        yield lambda status, lines: status["attempt"] == "1.2" and status["phase"] == "running"
+        for agent in world.agents:
+            agent.all_exit(exit_code=0)
+
+    assert world.run(script()) == 0
+    assert "no such file" in world.statuses[-1]["faults"][0]["because"]
+    assert [m["attempt"] for m in first.heard if m["kind"] == "stop"] == ["1.1"]
+
+
 def test_a_save_names_a_step_ahead_and_a_later_one_when_too_late(
     make_world: Any, until: Any
 ) -> None:
@@ -222,6 +240,32 @@ def test_a_new_controller_adopts_and_takes_the_secrets_from_the_agents(
         assert agent.secrets == {"KEY": "s3cr3t"}
         assert "launch" not in agent.kinds() and "stop" not in agent.kinds()
     assert "took_over" in world.kinds()
+
+
+def test_a_controller_that_died_before_its_first_words_is_followed_all_the_same(
+    make_world: Any, until: Any
+) -> None:
+    world = make_world()
+    (agent,) = world.agents
+
+    class Killed(Exception):
+        pass
+
+    def die(status: Any, lines: Any) -> None:
+        if status["phase"] == "running":
+            raise Killed
+
+    with pytest.raises(Killed):
+        world.make(die).run()
+    assert journal.read(world.store).state is None, "the case that is meant"
+    agent.heard.clear()
+
+    def script() -> Script:
+        yield lambda status, lines: "took_over" in world.kinds()
+        agent.all_exit(exit_code=0)
+
+    assert world.run(script()) == 0
+    assert "launch" not in agent.kinds() and "stop" not in agent.kinds()
 
 
 def test_a_controller_that_died_in_a_recovery_is_followed_by_one_that_finishes_it(

@@ -179,7 +179,7 @@ def write(store: Store, key: str, lines: list[Line]) -> None:
 
 
 def test_the_last_word_is_the_end(store: Store) -> None:
-    end = {"kind": "finish", "at": 9.0, "exit_code": 7, "because": "the script ended with 7"}
+    end = journal.over(9.0, 7, "the script ended with 7")
     write(store, journal.segment_key(1, 1), [{"kind": "state", "at": 9.0, "core": {}}, end])
     assert journal.read(store).finished == (7, "the script ended with 7")
     write(store, journal.segment_key(2, 1), [{"kind": "state", "at": 10.0, "core": {}}])
