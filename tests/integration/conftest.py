@@ -3,20 +3,186 @@
 from __future__ import annotations
 
 import itertools
+import os
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
-from dataclasses import dataclass
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from perdure.launchers.ray_nodes import LocalRay
+from perdure.runtime import sweep
+from perdure.runtime.agent_start import StartedAgent, start_agent
+from perdure.runtime.spec import JobSpec, Timers
+from perdure.runtime.wire import Peer, dial
 
 S3_START_S = 60.0
+LEAK_MARK = "LEAK_MARK"  # inherited by all that a test starts; perdure passes it on like any other
+GONE_S = 6.0
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """After every test: no process that it started, and no shared memory with our name."""
+    mark = uuid.uuid4().hex
+    monkeypatch.setenv(LEAK_MARK, mark)
+    yield
+    end_s = time.monotonic() + GONE_S
+    while left := sweep.marked(**{LEAK_MARK: mark}):
+        if time.monotonic() > end_s:
+            words = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in left}
+            sweep.kill(left)
+            pytest.fail(f"processes left behind: {words}")
+        time.sleep(0.02)
+    assert not [name for name in os.listdir("/dev/shm") if "perdure" in name]
+
+
+class Controller:
+    """A controller's part of the wire, for tests of an agent: acknowledges beats, awaits answers."""
+
+    def __init__(self, agent: StartedAgent, term: int = 1) -> None:
+        self.agent, self.term = agent, term
+        self.acks, self.port = True, 0
+        self.heard: list[dict[str, Any]] = []
+        self.peer: Peer = dial(agent.host, agent.port, agent.token, 5.0)
+        self.peer.send({"kind": "hello", "run": "agent-test", "term": term})
+        self.welcome = self.until("welcome")
+
+    def send(self, kind: str, **fields: Any) -> None:
+        self.peer.send({"kind": kind, "term": self.term, **fields})
+
+    def until(
+        self,
+        kind: str,
+        *,
+        within_s: float = 20.0,
+        where: Callable[[dict[str, Any]], bool] = lambda _message: True,
+    ) -> dict[str, Any]:
+        """The next message of `kind` that fits; those in between are kept in `heard`."""
+        end_s = time.monotonic() + within_s
+        while (left_s := end_s - time.monotonic()) > 0:
+            message = self.peer.receive(left_s)
+            if message is None:
+                break
+            self.heard.append(message)
+            self.port = message.get("rendezvous_port", self.port)
+            if message["kind"] == "beat" and self.acks:
+                self.send("ack", seq=message["seq"])
+            if message["kind"] == kind and where(message):
+                return message
+        told = [(m["kind"], m.get("text") or m.get("why")) for m in self.heard[-12:]]
+        raise AssertionError(f"no {kind} within {within_s} s; heard {told}")
+
+    def job(
+        self, script: Path, *args: str, secrets: dict[str, str] | None = None, **fields: Any
+    ) -> None:
+        spec = {
+            "run": "agent-test",
+            "entry": "script",
+            "argv": (str(script), *args),
+            "cwd": str(script.parent),
+            "store": f"file://{script.parent}/store/agent-test",
+            "nproc_per_node": self.agent.slots,
+            "code": "none",
+            "redirects": "3",
+        }
+        raw = asdict(JobSpec(**{**spec, **fields}))
+        self.send("job", spec=raw, secrets=secrets or {}, code=None, store_env={})
+        self.until("ready")
+
+    def launch(self, counter: int, *, nodes: tuple[str, ...] = ("n0",), **fields: Any) -> None:
+        slots = self.agent.slots
+        members = [[node, index, index * slots, slots] for index, node in enumerate(nodes)]
+        message = {
+            "attempt": f"{self.term}.{counter}",
+            "members": members,
+            "world_size": len(nodes) * slots,
+            "master_addr": "127.0.0.1",
+            "master_port": self.port,
+            "restore": None,
+            "restarts": counter - 1,
+            "peers": [],
+            "because": "a test",
+        }
+        self.send("launch", **{**message, **fields})
+
+    def started(self, counter: int, **fields: Any) -> dict[str, Any]:
+        self.launch(counter, **fields)
+        return self.until("started")
+
+    def step(self, at_least: int = 1, within_s: float = 20.0) -> dict[str, Any]:
+        """A beat in which every rank has made that many steps."""
+
+        def far(beat: dict[str, Any]) -> bool:
+            ranks = beat["ranks"].values()
+            return bool(ranks) and all(rank["step"] >= at_least for rank in ranks)
+
+        return self.until("beat", where=far, within_s=within_s)
+
+    def exits(self, count: int, within_s: float = 20.0) -> dict[int, dict[str, Any]]:
+        reports: dict[int, dict[str, Any]] = {}
+        while len(reports) < count:
+            report = self.until("exited", within_s=within_s)["report"]
+            reports[report["rank"]] = report
+        return reports
+
+
+@dataclass
+class Nodes:
+    """Makes agents and controllers for one test, and ends them after it."""
+
+    folder: Path
+    agents: list[StartedAgent]
+    controllers: list[Controller]
+
+    def start(self, node: str = "n0", *, slots: int = 1, **options: Any) -> StartedAgent:
+        state = self.folder / f"state-{node}-{len(self.agents)}"
+        agent = start_agent(
+            run="agent-test", token="tok", node=node, slots=slots, state_dir=str(state), **options
+        )
+        self.agents.append(agent)
+        return agent
+
+    def control(self, agent: StartedAgent, term: int = 1) -> Controller:
+        self.controllers.append(Controller(agent, term))
+        return self.controllers[-1]
+
+    def end(self) -> None:
+        for controller in self.controllers:
+            controller.peer.close()
+        for agent in self.agents:
+            agent.end_owner()
+            if agent.process.poll() is None:
+                agent.process.terminate()
+        for agent in self.agents:
+            agent.process.wait(10)
+            if agent.process.stdout is not None:
+                agent.process.stdout.close()
+
+
+@pytest.fixture
+def nodes(tmp_path: Path) -> Iterator[Nodes]:
+    made = Nodes(tmp_path, [], [])
+    try:
+        yield made
+    finally:
+        made.end()
+
+
+FAST = Timers(beat_s=0.1, fence_s=0.6, takeover_s=0.8, orphan_grace_s=2.5)
+
+
+@pytest.fixture
+def fast_timers() -> Timers:
+    """The lease's law in tenths of seconds."""
+    return FAST
 
 
 @dataclass(frozen=True)
