@@ -223,7 +223,10 @@ class World:
 
 
 @pytest.fixture
-def make_world() -> Iterator[Callable[..., World]]:
+def make_world(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., World]]:
+    # Every turn is shown and turns are quick: a script's next step comes at once.
+    monkeypatch.setattr("perdure.runtime.driver.SHOW_S", 0.0)
+    monkeypatch.setattr("perdure.runtime.driver.POLL_S", 0.005)
     made: list[World] = []
 
     def make(**options: int) -> World:
