@@ -12,7 +12,17 @@ from collections.abc import Iterator
 
 from perdure.launchers.options import Given
 from perdure.launchers.runs import Found, connect, find, open_run
-from perdure.launchers.view import Json, RunView, count, number_of, objects_of, rate, span, text_of
+from perdure.launchers.view import (
+    Json,
+    RunView,
+    count,
+    number_of,
+    objects_of,
+    rate,
+    span,
+    text_of,
+    whole_span,
+)
 from perdure.launchers.words import SILENT, Tale, blamed, sentence, story, time_of
 from perdure.runtime.errors import WireError
 
@@ -68,7 +78,7 @@ def told(view: RunView, raw: Json, now_s: float) -> list[str]:
         step += f" ({view.fraction:.1%})"
     pace = [rate(view.steps_per_s)] if view.steps_per_s and view.phase == "running" else []
     if view.left_s is not None:
-        pace.append(f"{span(view.left_s)} left")
+        pace.append(f"{whole_span(view.left_s)} left")
     if view.loss is not None:
         pace.append(f"loss {view.loss:.4g}")
     rows = [("run", view.run), ("phase", view.phase + _why(view, raw, now_s))]
@@ -82,7 +92,11 @@ def told(view: RunView, raw: Json, now_s: float) -> list[str]:
     if view.checkpoint_step is None:
         rows.append(("checkpoint", "none yet"))
     else:
-        age = f", {span(now_s - view.checkpoint_at_s)} ago" if view.checkpoint_at_s else ""
+        age = (
+            f", {whole_span(max(0.0, now_s - view.checkpoint_at_s))} ago"
+            if view.checkpoint_at_s
+            else ""
+        )
         tier = f" in {view.checkpoint_tier}" if view.checkpoint_tier else ""
         rows.append(("checkpoint", f"step {view.checkpoint_step:,}{tier}{age}"))
     for fault in view.faults[-5:]:
@@ -93,7 +107,8 @@ def told(view: RunView, raw: Json, now_s: float) -> list[str]:
 
 
 def _why(view: RunView, raw: Json, now_s: float) -> str:
-    said = f" ({view.waiting_for or view.because})" if view.waiting_for or view.because else ""
+    reason = "" if view.phase == "running" else view.waiting_for or view.because
+    said = f" ({reason})" if reason else ""
     if view.exit_code is not None:
         said = f", exit code {view.exit_code}{said}"
     elif text_of(raw, "source") == "journal":

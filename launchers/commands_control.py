@@ -87,7 +87,8 @@ def _until(found: Found, done: Callable[[RunView], bool], limit_s: float) -> Run
         view = RunView.read(status)
         if done(view):
             return view
-        words = f"{view.phase}: {view.because}" if view.because else view.phase
+        reason = "" if view.phase == "running" else view.because
+        words = f"{view.phase}: {reason}" if reason else view.phase
         if words != told:
             told = words
             print(f"perdure: {words}", file=sys.stderr, flush=True)

@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from perdure.launchers.display import Plain
-from perdure.launchers.view import Json, RunView, count, rate, span
+from perdure.launchers.view import Json, RunView, count, rate, whole_span
 
 ROWS = 3
 REDRAW_S = 0.2
@@ -68,7 +68,7 @@ def _progress(view: RunView, colour: str) -> Table:
     if view.steps_per_s > 0 and view.phase in {"running", "saving"}:
         add(Text(rate(view.steps_per_s)))
     if view.left_s is not None:
-        add(Text(f"{span(view.left_s)} left"))
+        add(Text(f"{whole_span(view.left_s)} left"))
     if view.loss is not None:
         add(Text.assemble("loss ", (f"{view.loss:.4g}", "bold")))
     if view.fraction is None:
@@ -86,7 +86,7 @@ def _safety(view: RunView, now_s: float) -> Text:
     else:
         age = ""
         if view.checkpoint_at_s is not None:
-            age = f", {span(max(0.0, now_s - view.checkpoint_at_s))} ago"
+            age = f", {whole_span(max(0.0, now_s - view.checkpoint_at_s))} ago"
         tier = f" in {view.checkpoint_tier}" if view.checkpoint_tier else ""
         parts.append(f"checkpoint step {view.checkpoint_step:,}{tier}{age}")
     if view.restarts:

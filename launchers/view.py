@@ -167,6 +167,11 @@ def span(seconds: float) -> str:
     return f"{whole // 60} min {whole % 60:02d} s" if whole >= 60 else f"{whole} s"
 
 
+def whole_span(seconds: float) -> str:
+    """For what is shown again and again: no digits that flicker."""
+    return f"{int(seconds)} s" if seconds < 10 else span(seconds)
+
+
 def count(number: int, noun: str) -> str:
     return f"{number:,} {noun}" + ("s" if number != 1 else "")
 

@@ -287,9 +287,14 @@ def _evidence(tale: Tale, fault: Fault) -> list[str]:
     attempt = tale.during(fault)
     if attempt is None:
         return []
-    reports = [r for r in tale.exits.get(attempt.attempt, []) if r.get("by_us") is not True]
-    said = [f"   seen:  {ended(r)}" for r in reports if whole_of(r, "exit_code") != 0]
-    return [*said[:4], *([f"   seen:  {len(said) - 4} more ranks"] if len(said) > 4 else [])]
+    said = [
+        f"   also:  {ended(report)}"
+        for report in tale.exits.get(attempt.attempt, [])
+        if report.get("by_us") is not True
+        and whole_of(report, "exit_code") != 0
+        and whole_of(report, "rank") != fault.rank  # the fault itself says how that one ended
+    ]
+    return [*said[:4], *([f"   also:  {len(said) - 4} more ranks"] if len(said) > 4 else [])]
 
 
 _BLAMES = {

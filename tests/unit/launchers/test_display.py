@@ -169,7 +169,7 @@ def test_status_for_people() -> None:
     assert told(RunView.read(raw), raw, T + 100.0) == [
         "run         train-1124-093000-k3xq",
         (
-            "phase       running (every rank has started); its controller does not answer from here, "
+            "phase       running; its controller does not answer from here, "
             "its journal was written 1 min 40 s ago: it is dead, go on with `perdure resume "
             "train-1124-093000-k3xq`"
         ),

@@ -151,8 +151,7 @@ def test_the_story_of_a_fault() -> None:
     assert story(told(JOURNAL)) == [
         f"1. {time_of(T + 10)}  rank 3 on n1 was ended by SIGKILL",
         "   blame: unknown, the evidence does not say",
-        "   seen:  rank 3 on n1 was ended by signal 9 (SIGKILL)",
-        "   seen:  rank 0 on n0 ended with exit code 1: ConnectionError: peer (t.py:3)",
+        "   also:  rank 0 on n0 ended with exit code 1: ConnectionError: peer (t.py:3)",
         "   done:  attempt 1.2 on n0, n1 from step 1,200, running after 0.14 s",
         f"end: {time_of(T + 60)}  exit code 0: every rank has finished",
     ]
