@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import cast
 
+from perdure.runtime import causes
 from perdure.runtime.core import events, invariants, policy
 from perdure.runtime.core.commands import Command, MarkBad, SaveNow
 from perdure.runtime.core.events import Event, RestorePoint
@@ -69,8 +70,8 @@ class Core(Moves):
         times += s.excluded.values()
         if s.phase == "waiting":
             times.append(s.place_by_s)
-            if s.hold_until_s > s.now_s:
-                times.append(s.hold_until_s)
+            if self.held_until_s() > s.now_s:
+                times.append(self.held_until_s())
         elif s.phase == "launching":
             times.append(s.start_by_s)
         elif s.phase == "saving":
@@ -141,6 +142,8 @@ class Core(Moves):
         for node, silent_s in event.late:
             if silent_s >= self.spec.timers.takeover_s and node not in s.away:
                 why = f"silent for {silent_s:.1f} s"
+                if any(m.node == node for m in s.members):
+                    s.silent[node] = s.now_s - silent_s
                 self._lose_if_known(node, "node_silent", why, exclude=True)
         if event.late:
             self.tend()  # after all of them: none may be chosen for the place of another
@@ -158,7 +161,7 @@ class Core(Moves):
             if len(s.exits) == self.spec.world_size:
                 self.finish(0, "every rank ended with 0")
             return
-        self.stop(policy.cause_of_exit(report).fault.because)
+        self.stop(causes.cause_of_exit(report).fault.because)
 
     def _node_lost(self, event: events.NodeLost) -> None:
         self._lose_if_known(event.node, "node_lost", event.why)
@@ -167,8 +170,9 @@ class Core(Moves):
     def _lose_if_known(self, node: str, kind: str, why: str, *, exclude: bool = False) -> None:
         s = self.state
         if node in s.away:
-            # Its loss is known; but whoever offered it again meanwhile was wrong.
+            # Its loss is known; that it is not merely silent may be new.
             s.offered.pop(node, None)
+            s.silent.pop(node, None)
         elif node in s.offered or node in s.stopping or any(m.node == node for m in s.members):
             blame: Blame = "network" if kind == "node_silent" else "node"
             self.lose(node, kind, blame, why, exclude=exclude)
@@ -182,6 +186,7 @@ class Core(Moves):
                 self.tend()
         elif event.node in s.cleaning and event.attempt >= s.cleaning[event.node][1]:
             del s.cleaning[event.node]
+            s.silent.pop(event.node, None)
             self.tend()
 
     def _committed(self, event: events.CheckpointCommitted) -> None:
@@ -205,7 +210,7 @@ class Core(Moves):
         s.line = [p for p in s.line if p != event.point]
         because = f"step {event.point.step} could not be restored: {event.why}"
         self.out.append(MarkBad(point=event.point, because=because))
-        self.blame("restore_failed", "storage", because, policy.RESTORE, None, event.rank)
+        self.blame("restore_failed", "storage", because, causes.RESTORE, None, event.rank)
         if s.phase in LIVE:
             self.stop(because)
 
@@ -230,7 +235,7 @@ class Core(Moves):
             because = f"the ranks could not be started: {event.why}"
             if event.node is not None:
                 s.losses[event.node] = s.losses.get(event.node, 0) + 1
-            self.blame("launch_failed", "unknown", because, policy.START, event.node, None)
+            self.blame("launch_failed", "unknown", because, causes.START, event.node, None)
             self.stop(because)
         elif event.command == "stop_gang" and event.node is not None:
             if event.node in s.stopping or event.node in s.cleaning:

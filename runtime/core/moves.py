@@ -7,6 +7,7 @@ what stops comes before what starts.
 
 from __future__ import annotations
 
+from perdure.runtime import causes
 from perdure.runtime.core import commands, invariants, policy
 from perdure.runtime.core.events import Attempt, Member
 from perdure.runtime.core.state import Blame, CoreState, Fault, Phase, StopWish
@@ -71,10 +72,18 @@ class Moves:
             why = f"no checkpoint of this run can be restored any more; the last: {s.because}."
             hint = "Resume with --step to try one all the same, or run with another --store"
             self.finish(2, f"{why} {hint} to start from nothing")
-        elif s.phase == "waiting" and s.now_s >= s.hold_until_s:
+        elif s.phase == "waiting" and s.now_s >= self.held_until_s():
             members = policy.choose_gang(self.spec, s, self.usable())
             if members:
                 self.launch(members)
+
+    def held_until_s(self) -> float:
+        """No launch before: somebody given up may hold a lease, or the whole gang its own majority."""
+        s = self.state
+        until = s.hold_until_s
+        if len(s.silent) >= len(s.members) > 1:
+            until = max(until, max(s.silent.values()) + self.spec.timers.orphan_grace_s)
+        return until
 
     def launch(self, members: tuple[Member, ...]) -> None:
         s = self.state
@@ -89,7 +98,7 @@ class Moves:
         s.attempt = Attempt(s.term, s.counter)
         s.members = members
         s.restore = s.line[0] if s.line else None
-        s.started, s.exits, s.causes = set(), {}, []
+        s.started, s.exits, s.causes, s.silent = set(), {}, [], {}
         s.first_step, s.steps_per_s, s.can_save = None, 0.0, False
         s.step = s.restore.step if s.restore is not None else 0
         s.start_by_s = s.now_s + self.spec.timers.start_s
@@ -107,7 +116,7 @@ class Moves:
         """Write down what may have ended the newest attempt."""
         now_s = self.state.now_s
         fault = Fault(at_s=now_s, kind=kind, blame=blame, rank=rank, node=node, because=because)
-        self.state.causes.append(policy.cause_of_fault(fault, weight))
+        self.state.causes.append(causes.cause_of_fault(fault, weight))
 
     def stop(self, because: str, grace_s: float = 0.0) -> None:
         """End the gang on every member that can still answer."""
@@ -154,7 +163,9 @@ class Moves:
         s.restarts.append(s.now_s)
         s.restarts_total += 1
         s.script_restarts += policy.is_capped(cause)
-        self.wait(cause.fault.because)
+        held_s = self.held_until_s() - s.now_s
+        tail = f"; what may still train is given {held_s:.0f} s to end" if held_s > 0 else ""
+        self.wait(cause.fault.because + tail)
 
     def lose(self, node: str, kind: str, blame: Blame, why: str, *, exclude: bool = False) -> None:
         """The node is given up: as a member, as a spare, or as one that came back."""
@@ -169,12 +180,12 @@ class Moves:
             s.excluded[node] = s.now_s + EXCLUDE_S
         because = f"node {node} is lost: {why}"
         if member and s.phase in LIVE:
-            self.blame(kind, blame, because, policy.OUTSIDE, node, None)
+            self.blame(kind, blame, because, causes.OUTSIDE, node, None)
             self.stop(because)
         elif node in s.stopping:
             # What did not answer a stop was not what made us stop.
             if kind != "stop_unanswered":
-                self.blame(kind, blame, because, policy.OUTSIDE, node, None)
+                self.blame(kind, blame, because, causes.OUTSIDE, node, None)
             s.stopping.remove(node)
             if not s.stopping:
                 self.stopped()

@@ -68,6 +68,8 @@ class CoreState:
     exits: dict[int, ExitReport] = field(default_factory=dict)  #: first report of each rank
     causes: list[Cause] = field(default_factory=list)  #: what else may have ended it
     stopping: set[str] = field(default_factory=set)  #: members told to stop, not yet answered
+    silent: dict[str, float] = field(default_factory=dict)
+    #: members given up for their silence alone -> when last heard
     step: int = 0
     first_step: int | None = None
     steps_per_s: float = 0.0

@@ -11,6 +11,10 @@ One gang
   silent for takeover_s, when its own lease has ended it at fence_s. A node that answers beats but
   not a command within its time is given up too: it is excluded (the driver answers its beats no
   more), and the next launch is held for takeover_s, so that its lease has run out.
+  A gang that falls silent as a whole is another matter: cut off together, its agents are a majority
+  to each other and train on for orphan_grace_s. Then the next launch waits until that has passed,
+  or until one of them answers a stop or is known to be dead: a step needs every rank. (A gang of
+  one node has no majority to ask.)
   A node that was lost may come back with processes of ours: it is told to stop them and is used only
   when it has answered.
 

@@ -9,7 +9,7 @@ next attempt: launching the same one again would need the same store and port on
 
 from __future__ import annotations
 
-from perdure.runtime.core import policy
+from perdure.runtime import causes
 from perdure.runtime.core.commands import Finish
 from perdure.runtime.core.events import AgentAnswer, RestorePoint, TookOver
 from perdure.runtime.core.moves import Moves
@@ -54,7 +54,7 @@ def _learn_attempt(core: Moves, newest: AgentAnswer) -> bool:
     s.counter = max(s.counter, newest.attempt.counter)
     s.members = newest.members
     s.restore = newest.restore
-    s.exits, s.causes, s.stopping = {}, [], set()
+    s.exits, s.causes, s.stopping, s.silent = {}, [], set(), {}
     s.first_step, s.can_save = None, False
     s.step = newest.step
     if s.phase in ("launching", "saving"):
@@ -123,9 +123,10 @@ def _settle(core: Moves, answers: dict[str, AgentAnswer]) -> None:
         if node not in answers:
             lost = f"node {node} is lost: it did not answer the new controller"
             s.losses[node] = s.losses.get(node, 0) + 1
-            core.blame("node_lost", "node", lost, policy.OUTSIDE, node, None)
+            s.silent[node] = s.now_s
+            core.blame("node_lost", "node", lost, causes.OUTSIDE, node, None)
     if not s.exits and not s.causes:
-        core.blame("taken_over", "unknown", why, policy.OURS, None, None)
+        core.blame("taken_over", "unknown", why, causes.OURS, None, None)
     core.request(why)
     # An unclean member is told to stop like the others, by the same command.
     s.away.difference_update(m.node for m in s.members if m.node in answers)

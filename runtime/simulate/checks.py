@@ -43,9 +43,15 @@ class Checks:
             self._finish(command)
 
     def ranks_start(self, attempt: Attempt, node: Node) -> None:
-        """No process of an older attempt can make another step anywhere."""
+        """No process of an older attempt can make another step anywhere.
+
+        A gang that lost a rank cannot: a step needs all of them.
+        """
         for other in self.world.nodes.values():
-            if other.ranks and other.attempt != attempt and self.world.now < other.lease_until:
+            if not other.ranks or other.attempt == attempt or other.attempt is None:
+                continue
+            whole = not self.world.gangs[other.attempt].broken
+            if whole and self.world.now < other.lease_until:
                 self._fail(
                     f"{node.name} starts {attempt} while {other.name} may still step in"
                     f" {other.attempt}"

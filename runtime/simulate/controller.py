@@ -78,6 +78,7 @@ class Controller:
         if node.ranks and self.world.now >= node.lease_until:
             self.world.fence(node)  # a lease that ran out is never renewed for the same ranks
         self.heard[node.name] = self.world.now
+        node.answered = self.world.now
         node.lease_until = self.world.now + self.world.spec.timers.fence_s
 
     def _took_over(self) -> None:
@@ -137,6 +138,7 @@ class Controller:
             node = world.nodes[name]
             if node.hears(now):
                 self.heard[name] = now
+                node.answered = now
                 node.lease_until = now + fence_s
             elif now - heard > 3 * world.spec.timers.beat_s:
                 late.append((name, now - heard))

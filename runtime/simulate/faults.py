@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from perdure.runtime.core.events import SaveAsked, StopAsked
 from perdure.runtime.simulate.controller import Controller
-from perdure.runtime.simulate.world import Node, World
+from perdure.runtime.simulate.world import Gang, Node, World
 
 
 @dataclass(slots=True)
@@ -93,12 +93,36 @@ def _cut(f: Faults, freeze: bool) -> bool:
     if freeze:
         node.frozen_until = until
     else:
-        node.cut_until = until
+        node.cut_until, node.side = until, -1 - int(node.name[1:])
     gang = world.gangs.get(node.attempt) if node.attempt is not None else None
     if gang is not None:
         world.pause(gang)
         world.at(until, lambda: world.resume(gang))
     return True
+
+
+def _switch_cut(f: Faults) -> bool:
+    """A part of the cluster is cut off together: its nodes see each other, not the controller."""
+    world = f.world
+    up = [n for n in world.nodes.values() if n.hears(world.now)]
+    if len(up) < 2:
+        return False
+    side = [n for n in up if n.attempt is not None and f.rng.random() < 0.9]
+    side += [n for n in up if n.attempt is None and f.rng.random() < 0.3]
+    until = world.now + f.rng.choice([5.0, 20.0, 100.0, 250.0])
+    for node in side:
+        node.cut_until, node.side = until, len(world.gangs) + 1
+    for attempt in sorted({n.attempt for n in side if n.attempt is not None}):
+        gang = world.gangs.get(attempt)
+        if gang is not None:
+            _anew(world, gang)
+            world.at(until, lambda g=gang: _anew(world, g))  # type: ignore[misc]
+    return bool(side)
+
+
+def _anew(world: World, gang: Gang) -> None:
+    world.pause(gang)
+    world.resume(gang)
 
 
 def _controller_kill(f: Faults) -> bool:
@@ -207,6 +231,7 @@ KINDS: dict[str, Callable[[Faults], bool]] = {
     "node_kill": _node_kill,
     "node_vanish": _node_vanish,
     "node_cut": lambda f: _cut(f, freeze=False),
+    "switch_cut": _switch_cut,
     "node_freeze": lambda f: _cut(f, freeze=True),
     "controller_kill": _controller_kill,
     "corrupt": _corrupt,

@@ -103,7 +103,7 @@ def _expect(code: int, world: World, kinds: list[str]) -> None:
     fired = world.fired
     if code == 2 and not fired["restore_failed"]:
         raise Violation("ended with 2 although no restore failed")
-    gone = ("node_kill", "node_vanish", "node_freeze", "node_cut", "stop_ignored")
+    gone = ("node_kill", "node_vanish", "node_freeze", "node_cut", "switch_cut", "stop_ignored")
     if code == 75 and not any(fired[kind] for kind in gone):
         raise Violation("nothing to place the job on, and no node was lost for long")
     if world.script.bug_at is not None and code == 0 and 0 not in world.checks.stop_codes:

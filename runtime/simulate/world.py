@@ -51,7 +51,9 @@ class Node:
     starting: bool = False
     incarnation: int = 0
     broken_until: float = 0.0  # the machine itself
-    cut_until: float = 0.0
+    cut_until: float = 0.0  # from the controller, and from all who are not on its side
+    side: int = 0
+    answered: float = 0.0  # its last answered beat
     frozen_until: float = 0.0
     stuck_until: float = 0.0  # its processes do not die, its agent lives
     term: int = 0
@@ -69,6 +71,11 @@ class Node:
 
     def hears(self, now: float) -> bool:
         return self.agent and now >= self.cut_until and now >= self.frozen_until
+
+    def sees(self, other: Node, now: float) -> bool:
+        mine = self.side if now < self.cut_until else 0
+        theirs = other.side if now < other.cut_until else 0
+        return mine == theirs and other.agent and now >= other.frozen_until
 
     def refuses(self, attempt: Attempt) -> bool:
         return self.stopped is not None and attempt <= self.stopped
@@ -325,7 +332,9 @@ class World:
         nodes = [self.nodes[m.node] for m in gang.members]
         if gang.broken or gang.done or gang.since is not None or len(gang.loaded) < len(nodes):
             return
-        if any(n.attempt != gang.attempt or not n.ranks or not n.hears(self.now) for n in nodes):
+        if any(n.attempt != gang.attempt or not n.ranks for n in nodes):
+            return
+        if not all(nodes[0].sees(n, self.now) for n in nodes):
             return
         if late := [n for n in nodes if self.now >= n.lease_until]:
             for node in late:
@@ -429,16 +438,19 @@ class World:
 
     # What time does.
     def sweep_leases(self) -> None:
-        """Agents whose lease ran out end their ranks; without a controller a majority may go on."""
+        """Agents whose lease ran out end their ranks; a majority of a gang may go on for a while."""
+        timers = self.spec.timers
         for node in self.nodes.values():
             if not node.ranks or self.now < node.frozen_until:
                 continue
-            if self.controller is None and node.hears(self.now) and self.now < node.lease_until:
+            silent_s = self.now - node.answered
+            if silent_s > 2 * timers.beat_s and self.now < node.lease_until:
                 peers = [self.nodes[m.node] for m in node.members]
-                up = sum(p.hears(self.now) and p.attempt == node.attempt for p in peers)
-                if 2 * up > len(peers):
-                    node.lease_until = self.now + self.spec.timers.fence_s
-            if self.now >= node.lease_until and self.now >= node.stuck_until:
+                up = sum(node.sees(p, self.now) and bool(p.ranks) for p in peers)
+                if len(peers) > 1 and 2 * up > len(peers):
+                    grace = node.answered + timers.orphan_grace_s
+                    node.lease_until = min(self.now + timers.fence_s, grace)
+            if self.now >= node.lease_until:
                 self.fence(node)
 
     def fence(self, node: Node) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from perdure.runtime import causes
 from perdure.runtime.core import invariants, policy
 from perdure.runtime.core.commands import Command, Finish, LaunchGang, StopGang
 from perdure.runtime.core.core import Core
@@ -20,15 +21,15 @@ def report(**more: object) -> ExitReport:
 @pytest.mark.parametrize(
     ("exit", "blame", "weight", "counts"),
     [
-        (report(exit_code=1, error="ValueError: x"), "user", policy.ERROR, True),
-        (report(exit_code=3), "user", policy.ERROR, True),
-        (report(signal=9), "unknown", policy.OUTSIDE, False),
-        (report(signal=9, oom=True), "out_of_memory", policy.OUTSIDE, True),
-        (report(signal=9, by_us=True), "network", policy.OURS, False),
-        (report(signal=9, by_us=True, error="ValueError: x"), "user", policy.ERROR, True),
-        (report(signal=15), "preemption", policy.OUTSIDE, False),
-        (report(signal=11), "unknown", policy.OUTSIDE, True),
-        (report(signal=6), "unknown", policy.ERROR, True),
+        (report(exit_code=1, error="ValueError: x"), "user", causes.ERROR, True),
+        (report(exit_code=3), "user", causes.ERROR, True),
+        (report(signal=9), "unknown", causes.OUTSIDE, False),
+        (report(signal=9, oom=True), "out_of_memory", causes.OUTSIDE, True),
+        (report(signal=9, by_us=True), "network", causes.OURS, False),
+        (report(signal=9, by_us=True, error="ValueError: x"), "user", causes.ERROR, True),
+        (report(signal=15), "preemption", causes.OUTSIDE, False),
+        (report(signal=11), "unknown", causes.OUTSIDE, True),
+        (report(signal=6), "unknown", causes.ERROR, True),
         (report(exit_code=1, error="ConnectionResetError: [Errno 104]"), "network", 4, False),
         (report(exit_code=1, error="torch.OutOfMemoryError: CUDA"), "out_of_memory", 3, True),
         (report(exit_code=1, error="CUDA error: uncorrectable ECC error"), "device", 3, True),
@@ -36,14 +37,14 @@ def report(**more: object) -> ExitReport:
     ],
 )
 def test_blame_of_an_exit(exit: ExitReport, blame: str, weight: int, counts: bool) -> None:
-    cause = policy.cause_of_exit(exit)
+    cause = causes.cause_of_exit(exit)
     assert (cause.fault.blame, cause.weight, bool(cause.signature)) == (blame, weight, counts)
 
 
 def test_a_failure_that_differs_in_numbers_is_the_same() -> None:
-    first = policy.cause_of_exit(report(exit_code=1, error="Error at 0x7f3a, index 17"))
-    second = policy.cause_of_exit(report(exit_code=1, error="Error at 0x99, index 2"))
-    other = policy.cause_of_exit(report(exit_code=1, error="Error at 0x99, key 2"))
+    first = causes.cause_of_exit(report(exit_code=1, error="Error at 0x7f3a, index 17"))
+    second = causes.cause_of_exit(report(exit_code=1, error="Error at 0x99, index 2"))
+    other = causes.cause_of_exit(report(exit_code=1, error="Error at 0x99, key 2"))
     assert first.signature == second.signature != other.signature
 
 
@@ -65,7 +66,7 @@ def test_a_node_that_could_not_start_keeps_its_place_only_if_there_is_no_other()
     fault = Fault(at_s=0, kind="launch_failed", blame="unknown", rank=None, node="a", because="x")
     state = CoreState(
         members=(Member("a", 0, 0, 1), Member("b", 1, 1, 1)),
-        causes=[Cause(fault=fault, weight=policy.START, exit_code=1)],
+        causes=[Cause(fault=fault, weight=causes.START, exit_code=1)],
     )
     assert [m.node for m in policy.choose_gang(spec(), state, ["a", "b", "c"])] == ["c", "b"]
     assert [m.node for m in policy.choose_gang(spec(), state, ["a", "b"])] == ["a", "b"]
