@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from concurrent.futures import Executor
 from itertools import accumulate
 
@@ -56,6 +57,9 @@ class Image:
         self._receipts: dict[int, Receipt] = {}
         self._blocks: dict[int, bytearray] = {}  # writer: state of each block
         self._error: CheckpointError | None = None
+        self._flying = 0  # fetches that may still write into the image
+        self._closed = False
+        self._used_s = time.monotonic()
         self.bytes_fetched = 0
 
     def summary(self) -> Message:
@@ -82,6 +86,8 @@ class Image:
             for part in parts_over(self._tensor(fqn).shape, self._tensor(fqn).split, box)
         }
         chunks = self._chunks(writers)
+        with self._changed:
+            self._used_s = time.monotonic()
         answer: list[list[Message]] = []
         spans: dict[int, list[plan.Span]] = {writer: [] for writer in writers}
         for fqn, box in wants:
@@ -151,6 +157,7 @@ class Image:
                     states[block] = _CLAIMED
                 most = max(1, FETCH_BYTES // self._receipts[writer].block)
                 runs += [(writer, begin, end) for begin, end in _runs(mine, most)]
+            self._flying += len(runs)
         for run in runs:
             self._pool.submit(self._fetch_run, *run)
 
@@ -181,6 +188,9 @@ class Image:
                 self._error = self._error or error
             else:
                 self._blocks[writer][first:end] = bytes([_THERE]) * (end - first)
+            self._flying -= 1
+            self._used_s = time.monotonic()
+            self._close_if_over()
             self._changed.notify_all()
 
     def _fetch_checked(self, writer: int, first: int, end: int) -> None:
@@ -207,16 +217,26 @@ class Image:
     def share(self) -> int:
         """A descriptor of the image for a rank: the caller's to close."""
         with self._changed:
-            if self.fd < 0:
-                raise StoreError(f"the image of {self.point} was given back just now", hint="again")
+            if self._closed:
+                raise StoreError(f"the image of {self.point} was given back just now")
             return os.dup(self.fd)
+
+    def idle_s(self) -> float:
+        """Seconds since a rank asked for something or something arrived; 0 while it is fetched."""
+        with self._changed:
+            return 0.0 if self._flying else time.monotonic() - self._used_s
 
     def close(self) -> None:
         """The ranks' mappings keep the memory that they still need."""
         with self._changed:
-            if self.fd >= 0:
-                os.close(self.fd)
-                self.fd = -1
+            self._closed = True
+            self._close_if_over()
+
+    def _close_if_over(self) -> None:
+        # Never under a fetch: its descriptor's number might be another file's by then.
+        if self._closed and not self._flying and self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
 
 
 def _runs(blocks: list[int], most: int) -> list[tuple[int, int]]:

@@ -24,7 +24,6 @@ import signal
 import socket
 import sys
 import threading
-import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -53,9 +52,9 @@ class Uploader:
         self._control: int | None = config.get("control_fd")
         self._local_ranks: int | None = config.get("local_world_size")
         self._lock = threading.Lock()
+        self._telling = threading.Lock()  # of its own: an agent that does not read holds up no rank
         self._opened: Store | None = None
         self._images: dict[Point, Image] = {}
-        self._image_used: dict[Point, float] = {}
         self._image_done: dict[Point, set[int]] = {}
         self.pool = ThreadPoolExecutor(_POOL_THREADS, thread_name_prefix="blocks")
         self.uploads = Uploads(self.store, self.pool, self.tell)
@@ -72,7 +71,7 @@ class Uploader:
         if self._control is None:
             return
         line = json.dumps(message).encode() + b"\n"
-        with self._lock, contextlib.suppress(BrokenPipeError):
+        with self._telling, contextlib.suppress(BrokenPipeError):
             while line:
                 line = line[os.write(self._control, line) :]
 
@@ -83,7 +82,6 @@ class Uploader:
             if point not in self._images:
                 self._images[point] = Image(store, point, self.pool)
                 self._image_done[point] = set()
-            self._image_used[point] = time.monotonic()
             return self._images[point]
 
     def image_failed(self, point: Point, rank: int, attempt: str | None, error: Exception) -> None:
@@ -112,9 +110,8 @@ class Uploader:
             self._drop(point)
 
     def drop_idle_images(self) -> None:
-        now = time.monotonic()
         with self._lock:
-            idle = [p for p, used in self._image_used.items() if now - used > IMAGE_IDLE_S]
+            idle = [p for p, image in self._images.items() if image.idle_s() > IMAGE_IDLE_S]
         for point in idle:
             self._drop(point)
 
@@ -124,7 +121,6 @@ class Uploader:
     def _drop(self, point: Point) -> None:
         with self._lock:
             image = self._images.pop(point, None)
-            self._image_used.pop(point, None)
             self._image_done.pop(point, None)
         if image is not None:
             image.close()
@@ -144,8 +140,7 @@ def _serve_node(uploader: Uploader, listener: socket.socket, control: int, stop:
     poll.register(stop, select.POLLIN)
     poll.register(control, 0)  # POLLERR: nobody reads it any more
     while True:
-        timeout_ms = IMAGE_IDLE_S * 500 if uploader.holds_images() else None
-        ready = {fd for fd, _ in poll.poll(timeout_ms)}
+        ready = {fd for fd, _ in poll.poll(IMAGE_IDLE_S * 500)}
         if stop in ready or control in ready:
             return
         uploader.drop_idle_images()

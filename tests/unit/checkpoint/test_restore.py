@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from perdure.checkpoint.errors import IntegrityError, StateError
+from perdure.checkpoint.errors import IntegrityError, StateError, StoreError
 from perdure.checkpoint.lineage import load_commit
 from perdure.checkpoint.manifest import Point
 
@@ -260,3 +260,23 @@ def test_the_commit_carries_the_restore_point_as_its_parent(node: Any) -> None:
     rank.restore(state)
     rank.save(2, state).wait(10)
     assert load_commit(node.store, Point(2, "1.2")).parent == point
+
+
+def test_an_image_that_nobody_uses_is_given_back_but_never_under_a_fetch(
+    node: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    point = node.save(1, [{"a": torch.ones(10)}])
+    monkeypatch.setattr("perdure.checkpoint.uploader.IMAGE_IDLE_S", -1.0)
+    image = node.uploader.image(point)
+    monkeypatch.setattr(image, "_flying", 1)
+    image.close()
+    assert image.fd >= 0  # a fetch may still write into it
+    image._fetch_run(0, 0, 0)  # the last one
+    assert image.fd < 0
+    with pytest.raises(StoreError, match="given back"):
+        image.share()
+    node.uploader.drop_idle_images()
+    assert not node.uploader.holds_images()
+    state = {"a": torch.zeros(10)}
+    node.rank(attempt="1.2", restore=point).restore(state)  # whoever comes later reads it anew
+    assert state["a"].eq(1).all()
