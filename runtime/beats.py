@@ -19,8 +19,9 @@ SAVE_AHEAD_STEPS = 2
 
 
 class Beats:
-    def __init__(self, attempt: Attempt, world_size: int) -> None:
+    def __init__(self, attempt: Attempt, world_size: int, *, restored_step: int = 0) -> None:
         self.attempt = attempt
+        self._restored_step = restored_step
         self._world_size = world_size
         self._ranks: dict[int, dict[str, Any]] = {}
         self._samples: deque[tuple[float, int]] = deque()  # (time, the gang's step)
@@ -34,6 +35,9 @@ class Beats:
             self._ranks[int(rank)] = beat
         self.fresh = True
         step = self.step
+        if self._samples and self._samples[-1][1] < self._restored_step <= step:
+            # Counted by its optimizer first, then by its own `run.beat`: a jump, and no speed.
+            self._samples.clear()
         if step > 0 and (not self._samples or step != self._samples[-1][1]):
             self._samples.append((now_s, step))
             while self._samples and self._samples[0][0] < now_s - WINDOW_S:

@@ -69,7 +69,8 @@ class Beginning:
         if launched:
             newest = max(launched, key=_by_attempt)
             assert newest.attempt is not None
-            self._performer.adopt(newest.attempt, tuple(m.node for m in newest.members))
+            nodes = tuple(m.node for m in newest.members)
+            self._performer.adopt(newest.attempt, nodes, newest.restore)
         return TookOver(at_s=stamp_s(), term=opening.term, answers=answers, line=line.points)
 
     def _answers(self) -> tuple[AgentAnswer, ...] | None:

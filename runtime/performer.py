@@ -86,13 +86,16 @@ class Performer:
             case _:
                 assert_never(command)
 
-    def adopt(self, attempt: Attempt, members: tuple[str, ...]) -> None:
-        """A gang that runs already: hear its beats."""
-        self.beats = Beats(attempt, self._spec.world_size)
+    def adopt(
+        self, attempt: Attempt, members: tuple[str, ...], restore: RestorePoint | None
+    ) -> None:
+        """Hear this gang's beats; at a launch, or when it runs already."""
+        restored_step = restore.step if restore is not None else 0
+        self.beats = Beats(attempt, self._spec.world_size, restored_step=restored_step)
         self.members = members
 
     def _launch(self, command: LaunchGang) -> None:
-        self.adopt(command.attempt, tuple(m.node for m in command.members))
+        self.adopt(command.attempt, tuple(m.node for m in command.members), command.restore)
         self._saving = None
         parent = _point(command.restore)
 

@@ -41,6 +41,15 @@ def test_one_step_is_no_speed() -> None:
     assert seen.steps_per_s == 0.0, "two steps at one moment"
 
 
+def test_a_restore_is_no_speed() -> None:
+    seen = Beats(Attempt(1, 2), 1, restored_step=356)
+    seen.take({"0": rank(1)}, 1.0)
+    seen.take({"0": rank(360)}, 2.0)
+    assert seen.steps_per_s == 0.0
+    seen.take({"0": rank(380)}, 3.0)
+    assert seen.steps_per_s == pytest.approx(20.0)
+
+
 def test_a_save_is_named_ahead_of_the_fastest_rank() -> None:
     seen = beats()
     for second in range(11):
