@@ -249,9 +249,9 @@ def s3() -> Iterator[S3Server]:
 
 @pytest.fixture(scope="session")
 def ray_nodes() -> Iterator[LocalRay]:
-    """Three Ray nodes of two processors; a test that kills one adds one."""
+    """Ray nodes of two processors: three for a gang and its spare, one for the test that kills one."""
     import ray
 
-    with LocalRay(3, cpus=2) as nodes:
+    with LocalRay(4, cpus=2) as nodes:
         yield nodes
         ray.shutdown()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -17,7 +18,8 @@ from perdure.launchers.controller_client import ControllerClient
 from perdure.launchers.ray_nodes import LocalRay
 from perdure.launchers.ray_submit import attach, connect_ray, submit_ray
 from perdure.launchers.records import RunRecord
-from perdure.runtime.errors import WireError
+from perdure.runtime import sweep
+from perdure.runtime.errors import RunProblem, WireError
 from perdure.runtime.spec import JobSpec
 
 pytestmark = pytest.mark.timeout(170)
@@ -89,7 +91,7 @@ class Job:
     def training(self, step: int) -> None:
         self.wait_for(f"step {step}", lambda: any(r["step"] >= step for r in self.rows()))
 
-    def finish(self, timeout_s: float = 100.0) -> dict[str, Any]:
+    def finish(self, timeout_s: float = 60.0) -> dict[str, Any]:
         """The last status."""
         status: dict[str, Any] = {}
         end = time.monotonic() + timeout_s
@@ -123,8 +125,9 @@ class Job:
 
 
 def gone(run: str) -> bool:
-    """No actor of the run is left."""
-    return not [a for a in ray.util.list_named_actors(all_namespaces=True) if run in a["name"]]
+    """No actor of the run is left, and no process that its agents started."""
+    actors = [a for a in ray.util.list_named_actors(all_namespaces=True) if run in a["name"]]
+    return not actors and not sweep.marked(**{sweep.RUN_MARK: run})
 
 
 @pytest.fixture
@@ -140,6 +143,9 @@ def start(
 
     yield begin
     for job in jobs:
+        # No controller: the run has ended, as it should have.
+        with contextlib.suppress(WireError, RunProblem), connect_ray(job.record) as client:
+            client.stop(by="the test's end", exit_code=1, at_once=True)
         job.wait_for("the actors' end", lambda job=job: gone(job.run), 30.0)  # type: ignore[misc]
 
 
@@ -166,7 +172,6 @@ def test_a_killed_node_is_replaced_by_the_spare(
     first = job.rows()[0]["attempt"]
     killed_at = time.time()
     assert ray_nodes.kill_node(victim) >= len(pids) > 4
-    ray_nodes.add()
     job.wait_for("the next attempt", lambda: job.rows()[-1]["attempt"] != first)
     after = next(r for r in job.rows() if r["attempt"] != first)
     with capsys.disabled():
