@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
-from perdure.benchmarks import node_loss, overhead, recovery, soak, start
+from perdure.benchmarks import core_events, node_loss, overhead, recovery, soak, start
 from perdure.benchmarks.common import Row, options, report
 
 ALL: dict[str, tuple[Callable[[int], list[Row]], int]] = {
@@ -17,6 +17,7 @@ ALL: dict[str, tuple[Callable[[int], list[Row]], int]] = {
     "node_loss": (node_loss.measure, 3),
     "soak": (soak.measure, 20),
     "overhead": (overhead.measure, 1),
+    "core_events": (core_events.measure, 5),
 }
 
 
