@@ -209,6 +209,7 @@ class Uploads:
             with self._changed:
                 if not self._uncommitted:
                     self._looking = False
+                    self._changed.notify_all()
                     return
                 if len(self._uncommitted) > known:
                     pause_s = _LOOK_S_MIN  # a new save: its commit may be near

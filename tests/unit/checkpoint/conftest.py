@@ -113,7 +113,10 @@ def node(tmp_path: Path) -> Iterator[Node]:
     yield node
     for checkpointer in node.made:
         checkpointer.close()
-    assert uploader.uploads.drain(10)
+    uploads = uploader.uploads
+    assert uploads.drain(10)
+    with uploads._changed:  # news of commits are over too: no socket outlives the test
+        assert uploads._changed.wait_for(lambda: not uploads._looking, 10)
     listener.shutdown(socket.SHUT_RDWR)
     listener.close()
     thread.join(10)

@@ -8,11 +8,19 @@ import pytest
 import safetensors.torch
 import torch
 
-from perdure.checkpoint.errors import StateError
+from perdure.checkpoint.errors import StateError, StoreError
 from perdure.checkpoint.flatten import flatten, rank_of
-from perdure.checkpoint.lineage import load_commit, load_manifest, load_receipts
+from perdure.checkpoint.lineage import (
+    commit_complete,
+    line,
+    load_commit,
+    load_manifest,
+    load_receipts,
+    read_history,
+)
 from perdure.checkpoint.save import check_step
 from perdure.checkpoint.shards import share_of
+from perdure.checkpoint.store import MemoryStore
 
 
 def test_paths_leaves_and_whole_containers() -> None:
@@ -186,3 +194,43 @@ def test_ranks_that_hold_different_names_are_refused_and_nothing_is_committed(no
 def test_the_agent_is_told_of_a_commit_once(node: Any) -> None:
     node.save(8, [{"w": torch.ones(2)}] * 2)
     assert node.told() == [{"kind": "committed", "attempt": "1.1", "step": 8, "tier": "store"}]
+
+
+class Dying(MemoryStore):
+    """The store as an uploader sees it that is killed at its n-th put: nothing goes through after."""
+
+    def __init__(self, url: str, puts: int) -> None:
+        super().__init__(url)
+        self.left = puts
+
+    def _put(self, key: str, data: Any, create: bool) -> None:
+        self.left -= 1
+        if self.left < 0:
+            raise StoreError("killed")
+        super()._put(key, data, create)
+
+
+@pytest.mark.parametrize("puts", range(9))
+def test_whatever_put_is_the_last_a_step_is_whole_or_does_not_exist(
+    node: Any, puts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("perdure.checkpoint.uploads.COMMIT_WAIT_S", 0.0)
+    states = [{"a": torch.randn(100), "b": torch.randn(70), "step": 1}] * 2
+    dying = Dying(node.url, puts)
+    node.uploader._opened = dying
+    ranks = [node.rank(i, 2) for i in range(2)]
+    for rank, state in zip(ranks, states, strict=True):
+        rank.save(1, state)
+        assert node.uploader.uploads.drain(10)  # one after the other: the puts have one order
+    killed = dying.left < 0
+    node.uploader._opened = None
+    commit_complete(node.store)  # what a controller does that recovers
+    points = [commit.point for commit in line(read_history(node.store))]
+    # The attempt, two objects, two receipts: from there on anybody can finish. Then manifest, commit.
+    assert bool(points) == (puts >= 5)
+    assert killed == (puts < 7)
+    for point in points:
+        found = {"a": torch.zeros(100), "b": torch.zeros(70), "step": 0}
+        node.rank(attempt="1.2", restore=point).restore(found)
+        assert torch.equal(found["a"], states[0]["a"])
+        assert torch.equal(found["b"], states[0]["b"])
