@@ -69,9 +69,11 @@ class Moves:
                 why = "these nodes were lost and came back: nothing old may run on them"
                 self._say_stop(s.attempt, tuple(back), 0.0, why)
         if s.phase == "waiting" and s.had_commit and not s.line:
-            why = f"no checkpoint of this run can be restored any more; the last: {s.because}."
-            hint = "Resume with --step to try one all the same, or run with another --store"
-            self.finish(2, f"{why} {hint} to start from nothing")
+            why = (
+                f"no checkpoint that is known here can be restored any more; the last: {s.because}."
+            )
+            hint = "`perdure resume` looks for others; to start from nothing, use another --store"
+            self.finish(2, f"{why} {hint}")
         elif s.phase == "waiting" and s.now_s >= self.held_until_s():
             members = policy.choose_gang(self.spec, s, self.usable())
             if members:

@@ -50,7 +50,9 @@ class Checks:
         for other in self.world.nodes.values():
             if not other.ranks or other.attempt == attempt or other.attempt is None:
                 continue
-            whole = not self.world.gangs[other.attempt].broken
+            gang = self.world.gangs[other.attempt]
+            peers = [self.world.nodes[m.node] for m in gang.members]
+            whole = not gang.broken and all(p.ranks and p.attempt == gang.attempt for p in peers)
             if whole and self.world.now < other.lease_until:
                 self._fail(
                     f"{node.name} starts {attempt} while {other.name} may still step in"
@@ -99,8 +101,8 @@ class Checks:
             ranks = max((len(done) for done in self.done.values()), default=0)
             if ranks != self.spec.world_size:
                 self._fail(f"finished with 0 when {ranks} ranks had ended well")
-        elif code == 2 and world.store.line():
-            self._fail(f"gave up although {world.store.line()[0]} can be restored")
+        elif code == 2 and (known := [p for p in world.store.line() if p in world.store.told]):
+            self._fail(f"gave up although {known[0]} can be restored")
         elif code in (130, 143) and code not in self.stop_codes:
             self._fail(f"ended with {code} though nobody asked")
         elif code not in (0, 1, 2, 75, 93, 130, 137, 139, 143):
