@@ -83,10 +83,13 @@ class Core(Moves):
     def status(self) -> Status:
         s = self.state
         members = {m.node for m in s.members}
+        words, held_s = s.waiting_for, self.held_until_s() - s.now_s
+        if held_s > 0:
+            words = f"up to {held_s:.0f} s for what may still train to end"
         return Status(
             phase=s.phase,
             because=s.because,
-            waiting_for=s.waiting_for if s.phase == "waiting" else "",
+            waiting_for=words if s.phase == "waiting" else "",
             attempt=s.attempt,
             step=s.step,
             steps_per_s=s.steps_per_s if s.phase in LIVE else 0.0,

@@ -165,9 +165,7 @@ class Moves:
         s.restarts.append(s.now_s)
         s.restarts_total += 1
         s.script_restarts += policy.is_capped(cause)
-        held_s = self.held_until_s() - s.now_s
-        tail = f"; what may still train is given {held_s:.0f} s to end" if held_s > 0 else ""
-        self.wait(cause.fault.because + tail)
+        self.wait(cause.fault.because)
 
     def lose(self, node: str, kind: str, blame: Blame, why: str, *, exclude: bool = False) -> None:
         """The node is given up: as a member, as a spare, or as one that came back."""
