@@ -162,6 +162,7 @@ class Agent(Talk):
         rank = gang.of_pid(pid)
         assert rank is not None
         report = gang.ended(rank, status, oom=status == signal.SIGKILL and self.oom.rose())
+        self.beat_now()  # how far it came: the last beat may be a second old
         self.tell(kind="exited", attempt=str(gang.attempt), report=codec.encode(report))
         if status != 0 and not gang.ending:
             # What it leaves behind holds its devices, ports and pipes: ended now, not at the stop.

@@ -453,11 +453,14 @@ class Talk:
             self.next_beat_s = 0.0
 
     def beat_if_due(self, now_s: float) -> None:
-        if now_s < self.next_beat_s:
-            return
-        self.next_beat_s = now_s + self.lease.beat_s * random.uniform(0.9, 1.0)
+        if now_s >= self.next_beat_s:
+            self.next_beat_s = now_s + self.lease.beat_s * random.uniform(0.9, 1.0)
+            self.beat_now()
+
+    def beat_now(self) -> None:
         if self._obeyed is None:
             return
+        now_s = time.monotonic()
         self._seq += 1
         self._sent_s[self._seq] = now_s
         self._sent_s.pop(self._seq - _KEPT_MAX, None)

@@ -51,7 +51,8 @@ def forked(
     os.environ.update(rank["env"])
     random.seed()
     if numpy_random := sys.modules.get("numpy.random"):
-        numpy_random.seed()  # torch's own seed is a constant in a fresh process, and still is here
+        numpy_random.seed()
+    sys.modules["torch"].default_generator.seed()  # anew from the system, as in a fresh process
     gc.enable()
     with contextlib.suppress(FileNotFoundError):
         os.chdir(request["cwd"])
