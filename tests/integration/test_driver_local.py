@@ -20,7 +20,7 @@ from perdure.launchers import records
 from perdure.launchers.job import Job, run_local, submit
 from perdure.runtime import journal, sweep
 from perdure.runtime.opening import ResumeFrom
-from perdure.runtime.spec import JobSpec
+from perdure.runtime.spec import JobSpec, Timers
 
 SCRIPT = """
 import os, pathlib, sys, time
@@ -182,8 +182,6 @@ def test_an_agent_that_dies_is_started_again(bench: Bench) -> None:
 
 
 def test_more_nodes_than_there_are_wait_in_words_and_end_with_75(bench: Bench) -> None:
-    from perdure.runtime.spec import Timers
-
     seen: list[str] = []
     spec = bench.spec(1, nnodes=2, timers=Timers(place_s=2.0))
     code = run_local(spec, {}, lambda status, lines: seen.append(status["waiting_for"]))
@@ -312,3 +310,41 @@ def test_a_killed_launcher_leaves_nothing_and_its_run_is_resumed(bench: Bench) -
     assert run_local(bench.spec(3), {}, observe, resume=ResumeFrom()) == 0
     assert time.monotonic() - begun_s < 20, "a controller that is seen to be dead is not waited for"
     assert {row[0] for row in bench.steps(0)} == {"2.2"}
+
+
+def test_a_frozen_node_is_taken_over_and_wakes_to_nothing(bench: Bench) -> None:
+    """Silence, not death: the spare takes the place, and the sleeper's ranks never step on."""
+    timers = Timers(beat_s=0.3, fence_s=1.2, takeover_s=2.0, orphan_grace_s=60.0)
+    job = submit(bench.spec(150, 0.05, nnodes=2, spares=1, timers=timers), nodes=3)
+    bench.wait(lambda: len(bench.steps(1)) >= 3, "the first steps")
+    node = job.status()["nodes"][1]
+    frozen = sweep.marked(**{sweep.RUN_MARK: bench.run, sweep.NODE_MARK: node})
+    frozen_at = time.time()
+    sweep.kill(frozen, signal.SIGSTOP)
+    try:
+        rows = bench.wait(
+            lambda: [row for row in bench.steps(1) if row[0] == "1.2"], "steps on the spare", 20.0
+        )
+    finally:
+        woken_at = time.time()
+        sweep.kill(frozen, signal.SIGCONT)
+    took_s = rows[0][3] - frozen_at
+    print(f"frozen to the next step: {took_s:.2f} s with takeover_s {timers.takeover_s}")
+    assert timers.takeover_s <= took_s < timers.takeover_s + 5.0
+    bench.wait(lambda: not any(map(sweep.alive, frozen_ranks(frozen))), "the sleeper's ranks", 5.0)
+    # This script has no optimizer whose hook could stop it before its next step: the agent does.
+    late = [row for row in bench.steps(1) if row[0] == "1.1" and row[3] > woken_at + 1.0]
+    assert late == []
+    assert job.wait(60.0) == 0
+    fault = job.status()["faults"][0]
+    assert (fault["kind"], fault["node"]) == ("node_silent", node)
+
+
+def frozen_ranks(pids: list[int]) -> list[int]:
+    """Those of `pids` that ran the script."""
+    found = []
+    for pid in pids:
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            if b"step.py" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                found.append(pid)
+    return found
