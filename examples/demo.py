@@ -18,6 +18,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -26,7 +27,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 OUT = HERE.parent / "demo-out"
-STEPS, SAVE_EVERY, KILL_AFTER = 400, 25, 150
+STEPS, SAVE_EVERY, KILL_AFTER = 300, 25, 110
 RUN_S = 120.0  # bound of one training run
 TRAIN = ("train_gpt.py", f"--steps={STEPS}", f"--save-every={SAVE_EVERY}")
 BUCKET = "perdure-demo"
@@ -47,7 +48,7 @@ def main() -> int:
     OUT.mkdir()
     with contextlib.ExitStack() as stack:
         home = stack.enter_context(tempfile.TemporaryDirectory(prefix="perdure-demo-"))
-        os.environ["PERDURE_HOME"] = home  # records of runs whose store is gone afterwards
+        os.environ |= {"PERDURE_HOME": home, "TMPDIR": home}  # records, nodes' own folders
         say("1. an S3 server (moto's) and a bucket")
         endpoint = stack.enter_context(s3_server())
         told(f"{endpoint}, bucket {BUCKET}")
@@ -88,7 +89,9 @@ class Training:
     nodes: Any  # LocalRay
     spares: int
     run: str = ""
-    steps: list[tuple[float, int]] = field(default_factory=list)  # (time, step) as seen
+    steps: list[tuple[float, int]] = field(default_factory=list)  # (time, step), see `sample`
+    lost: set[str] = field(default_factory=set)  # attempts
+    ended: bool = False
     kill: tuple[float, str] = (0.0, "")  # when, and which node
     recovered_s: float = 0.0  # from the kill to the first step of the next attempt
 
@@ -122,15 +125,17 @@ class Training:
         assert record is not None, "submit keeps a record of what it began"
         end = time.monotonic() + RUN_S
         told_at = 0.0
+        threading.Thread(target=self.sample, daemon=True).start()
         for status, _ in connect_ray(record).watch():
             if time.monotonic() > end:
                 raise SystemExit(f"{self.name}: not ended after {RUN_S:.0f} s: {status}")
-            if status["step"]:
-                self.steps.append((time.time(), status["step"]))
+            if status["attempt"] in self.lost:
+                continue  # said before the kill
             if time.monotonic() > told_at + 2.0 or status["phase"] == "finished":
                 told_at = time.monotonic()
                 told(progress(status))
             if status["phase"] == "finished":
+                self.ended = True
                 break
             if kill and not self.kill[1] and ripe(status):
                 self.lose_a_node(status)
@@ -139,11 +144,19 @@ class Training:
         if kill and not self.kill[1]:
             raise SystemExit("the run ended before a node could be killed")
 
+    def sample(self) -> None:
+        """How far the script is by its own log, twenty times a second: the curve in the picture."""
+        while not self.ended:
+            if self.log.exists() and (step := last(self.log).get("step")):
+                self.steps.append((time.time(), step))
+            time.sleep(0.05)
+
     def lose_a_node(self, status: dict[str, Any]) -> None:
         """Kill a node of the gang, and time how long the training stands still."""
         # Not the head: Ray's own control store lives there, and Ray ends with it.
         node = next(n for n in status["nodes"] if not n.startswith(self.nodes.names[0] + "-"))
         before = last(self.log)["attempt"]
+        self.lost.add(before)
         self.kill = (time.time(), node)
         count = self.nodes.kill_node(node.rpartition("-")[0])
         told(f"** killed {node}: its raylet, its agent, its two ranks, {count} processes in all")
@@ -188,8 +201,10 @@ def progress(status: dict[str, Any]) -> str:
 
 
 def last(log: Path) -> dict[str, Any]:
-    """The last whole line of a log that is being written."""
-    row: dict[str, Any] = json.loads(log.read_text().rpartition("\n")[0].rpartition("\n")[2])
+    """The last whole line of a log that is being written; {} when there is none yet."""
+    row: dict[str, Any] = json.loads(
+        log.read_text().rpartition("\n")[0].rpartition("\n")[2] or "{}"
+    )
     return row
 
 
@@ -197,7 +212,11 @@ def print_story(journal: list[dict[str, Any]], killed: Training) -> None:
     from perdure.launchers.words import sentence
 
     begin = journal[0]["at"]
-    rows = [(line["at"], text) for line in journal if (text := sentence(line))]
+    rows: list[tuple[float, str]] = []
+    for line in journal:
+        text = sentence(line)  # a commit is told by every node that sees it
+        if text and not (line["kind"] == "checkpoint_committed" and text in dict(rows).values()):
+            rows.append((line["at"], text))
     rows.append((killed.kill[0], f"** node {killed.kill[1]} is killed, with everything on it **"))
     for at, text in sorted(rows, key=lambda row: row[0]):
         told(f"{at - begin:7.2f} s  {text}")

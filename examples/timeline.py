@@ -1,7 +1,7 @@
 """What happened to a run, drawn: which attempt ran where and when, and how far the training was.
 
 Everything is read from the run's journal, but for the kill (an act from outside, known only to
-whoever did it) and the samples of the step, which are what a watcher saw.
+whoever did it) and the samples of the step, which come from the script's own log.
 """
 
 from __future__ import annotations
@@ -70,7 +70,8 @@ def story_of(lines: Iterable[dict[str, Any]]) -> Story:
             case "gang_stopped":
                 _close(story, at, node=line["node"])
             case "checkpoint_committed" if line["tier"] == "store":
-                story.commits.append((at, line["step"]))
+                if line["step"] not in [step for _, step in story.commits]:  # told by every node
+                    story.commits.append((at, line["step"]))
             case "finish":
                 _close(story, at)
     return story
@@ -89,7 +90,7 @@ def draw(
     recovered_s: float,
     path: Path,
 ) -> None:
-    """`steps`: (time, step) as seen; `kill`: (time, node); `recovered_s`: from there to the next step."""
+    """`steps`: (time, step) as sampled; `kill`: (time, node); `recovered_s`: from there to the next step."""
     figure, (above, below) = plt.subplots(
         2, 1, sharex=True, figsize=(11, 6.2), height_ratios=(1, 1.6), layout="constrained"
     )
@@ -135,17 +136,17 @@ def draw(
         below.plot([at - since for at, _ in part], [step for _, step in part], color=LINE, lw=1.8)
     for at, step in story.commits:
         below.plot(at - since, step, "o", color=COMMIT, markersize=6)
-    for at, step in story.restores:
+    for _, step in story.restores:
         below.axhline(step, color=COMMIT, lw=0.9, ls=":", zorder=0)
         below.annotate(
-            f"restored from step {step}", (at - since, step), (12, -14),
-            textcoords="offset points", fontsize=9, color=COMMIT,
+            f"restored from step {step}", (1.0, step), (-4, -12), ha="right",
+            xycoords=("axes fraction", "data"), textcoords="offset points", fontsize=9, color=COMMIT,
         )  # fmt: skip
     below.set_ylabel("optimizer step")
     below.set_xlabel("seconds since the run began")
     below.legend(
         handles=[
-            Line2D([], [], color=LINE, label="step, as seen by a watcher"),
+            Line2D([], [], color=LINE, label="step, by the script's own log"),
             Line2D([], [], color=COMMIT, marker="o", ls="", label="checkpoint committed on S3"),
             Line2D([], [], color=KILL, lw=1.2, ls="--", label="node killed with all on it"),
         ],
