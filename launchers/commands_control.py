@@ -20,6 +20,7 @@ from perdure.runtime.errors import RunProblem
 
 STOP_S = 180.0  # a save, SIGTERM and its grace, SIGKILL, and the last uploads
 SAVE_S = 600.0
+DUE_S = 30.0  # a script that has not asked run.due for so long does not use it
 
 
 def stop(given: Given) -> int:
@@ -55,6 +56,18 @@ def save(given: Given) -> int:
             f"run {found.run} is {before.phase}, so there is nothing to save now",
             hint=f"see `perdure status {found.run}`",
         )
+    ready = _until(found, lambda now: now.can_save or now.phase == "finished", DUE_S)
+    if ready is None:
+        raise RunProblem(
+            f"the script of {found.run} has not asked run.due(step) for {span(DUE_S)}, so it "
+            "cannot be told to save",
+            hint="call run.due(step) in its loop (see the README); a script without it saves by "
+            "its own rules",
+        )
+    if ready.phase == "finished":
+        raise RunProblem(
+            f"run {found.run} ended before it could save", hint=f"see `perdure why {found.run}`"
+        )
     client = must_connect(found, "save")
     try:
         client.save(by="perdure save")
@@ -74,7 +87,7 @@ def save(given: Given) -> int:
         raise RunProblem(
             f"no checkpoint of step {wanted:,} or later was committed"
             + (" before the run ended" if view is not None else f" within {span(SAVE_S)}"),
-            hint="a script saves on order only if it asks run.due(step); see the README",
+            hint=f"see `perdure events {found.run}` for what came between",
         )
     _report(given, view, f"checkpoint of step {view.checkpoint_step:,} is committed")
     return 0

@@ -60,6 +60,8 @@ def resume(given: Given) -> int:
 
     found = runs.find(given.target)
     store = runs.open_run(found)
+    if not given.flag("takeover"):
+        runs.refuse_alive(found)
     where = "local" if found.record is None or found.record.cluster == "local" else "ray"
     if found.record is not None and found.record.cluster == "ray" and found.record.address:
         where = found.record.address

@@ -222,7 +222,9 @@ def summary(view: RunView) -> list[str]:
     if view.exit_code is None:
         return [f"run {view.run} goes on without this terminal (perdure status {view.run})"]
     said: list[str] = []
-    if view.exit_code != 0 and (root := view.root) is not None:
+    # A fault that was survived is no cause of the end: the core's reason names the rank if it was.
+    root = view.root
+    if root is not None and f"rank {root.rank} on {root.node}" in view.because:
         said.append(
             f"root cause: rank {root.rank} on {root.node}" + f": {root.error}" * bool(root.error)
         )

@@ -100,6 +100,25 @@ def connect(found: Found) -> ControllerClient | None:
         return None
 
 
+def refuse_alive(found: Found) -> None:
+    """A controller that answers settles it at once; else the journal is watched later on."""
+    client = connect(found)
+    if client is None:
+        return
+    try:
+        phase = client.status().get("phase")
+    except WireError:
+        return  # it ends just now
+    finally:
+        client.close()
+    if phase != "finished":
+        raise RunProblem(
+            f"run {found.run} is still alive: its controller answers, and it is {phase}",
+            hint=f"watch it with `perdure status {found.run}`; to begin anew from a checkpoint, "
+            f"`perdure stop {found.run}` first, or --takeover",
+        )
+
+
 def must_connect(found: Found, to_do: str) -> ControllerClient:
     client = connect(found)
     if client is None:

@@ -91,6 +91,7 @@ class RunView:
     total_steps: int | None
     steps_per_s: float
     loss: float | None
+    can_save: bool  # the script has asked run.due: it saves when told to
     world_size: int
     nodes: tuple[str, ...]
     spares: tuple[str, ...]
@@ -116,6 +117,7 @@ class RunView:
             total_steps=whole_of(raw, "total_steps") or None,
             steps_per_s=number_of(raw, "steps_per_s") or 0.0,
             loss=number_of(raw, "loss"),
+            can_save=raw.get("can_save") is True,
             world_size=whole_of(raw, "world_size") or 0,
             nodes=texts_of(raw, "nodes"),
             spares=texts_of(raw, "spares"),

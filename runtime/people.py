@@ -31,10 +31,11 @@ def status_json(
         "steps_per_s": round(status.steps_per_s, 3),
         "total_steps": int(total) if total else None,
         "loss": beats.newest("loss") if beats is not None else None,
+        "can_save": beats.can_save if beats is not None else False,
         "world_size": spec.world_size,
         "nodes": [member.node for member in status.members],
         "spares": list(status.spares),
-        "waiting_for": waiting_for or status.waiting_for,
+        "waiting_for": status.waiting_for or waiting_for,
         "restarts": status.restarts,
         "faults": codec.encode(status.faults),
         "checkpoint": None

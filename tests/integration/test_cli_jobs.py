@@ -60,6 +60,13 @@ class Shell:
         path = self.folder / name
         return until(lambda: path.read_text() if path.exists() else "", f"{name} is written")
 
+    def wait_for_phase(self, phase: str) -> None:
+        def look() -> str:
+            now = json.loads(self("status", "--json", "t-run")[0])["phase"]
+            return str(now) if now == phase else ""
+
+        until(look, f"the run is {phase}")
+
 
 def until(look: Callable[[], str], what: str) -> str:
     end = time.monotonic() + WAIT_S
@@ -96,6 +103,7 @@ def shell(tmp_path: Path) -> Iterator[Shell]:
 
 
 RUN = ("run", "--name", "t-run")
+COLD = (*RUN, "--no-warm")  # no torch is imported: for what has nothing to do with starts
 KILLED_ONCE = """
 import os, signal
 if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and os.environ["RANK"] == "1":
@@ -128,7 +136,7 @@ def test_a_job_that_ends_well(shell: Shell) -> None:
 @pytest.mark.parametrize(("statement", "code"), [("sys.exit(7)", 7), ("1 / 0", 1)])
 def test_the_script_s_own_exit_code(shell: Shell, statement: str, code: int) -> None:
     script = shell.script(f"import sys\n{statement}\n")
-    _, err = shell(*RUN, "--max-restarts", "0", script, code=code)
+    _, err = shell(*COLD, "--max-restarts", "0", script, code=code)
     assert f"run t-run ended with exit code {code}" in err
     if code == 1:
         assert "root cause: rank 0" in err
@@ -140,7 +148,7 @@ def test_the_script_s_own_exit_code(shell: Shell, statement: str, code: int) -> 
 
 def test_the_same_error_again_and_again_is_not_restarted_for_ever(shell: Shell) -> None:
     script = shell.script("raise ValueError('no such column: price')\n")
-    _, err = shell(*RUN, script, code=93)
+    _, err = shell(*COLD, script, code=93)
     assert "3 attempts in a row made no progress" in err
     assert "ValueError: no such column: price" in err
 
@@ -185,7 +193,7 @@ def test_a_signal_stops_a_local_run(shell: Shell, number: signal.Signals, code: 
 
 def test_a_second_interrupt_waits_for_nothing(shell: Shell) -> None:
     stubborn = ENDLESS.replace("open(", "signal.signal(signal.SIGTERM, signal.SIG_IGN)\nopen(", 1)
-    process = shell.start(*RUN, shell.script(stubborn))
+    process = shell.start(*COLD, shell.script(stubborn))
     shell.wait_for("rank0")
     process.send_signal(signal.SIGINT)
     time.sleep(0.5)  # two interrupts at once are one to the kernel
@@ -194,7 +202,7 @@ def test_a_second_interrupt_waits_for_nothing(shell: Shell) -> None:
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=WAIT_S)
     assert process.returncode == 130
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 20, "less than the grace"
 
 
 def test_a_killed_launcher_leaves_nothing_and_resume_goes_on(shell: Shell) -> None:
@@ -204,7 +212,7 @@ def test_a_killed_launcher_leaves_nothing_and_resume_goes_on(shell: Shell) -> No
     process.communicate(timeout=WAIT_S)
     began = time.monotonic()
     until(lambda: "" if marked("t-run") else "none", "everything is gone")
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 20, "5 s on a machine that is not overloaded"
     assert not os.path.exists(f"/proc/{pid}")
     shell.script("print('on again')")
     out, _ = shell("resume", "t-run")
@@ -215,21 +223,45 @@ def test_submit_look_and_stop(shell: Shell) -> None:
     out, _ = shell("submit", "--name", "t-run", shell.script(ENDLESS))
     assert out == "t-run\n"
     shell.wait_for("rank0")
-    until(
-        lambda: (
-            json.loads(shell("status", "--json", "t-run")[0])["phase"].replace("launching", "")
-            == "running"
-            and "running"
-            or ""
-        ),
-        "the run is running",
-    )
+    shell.wait_for_phase("running")
     assert shell("logs", "t-run")[0] == "here I am\n"
     err = shell("resume", "t-run", code=2)[1]
-    assert "alive" in err
-    assert "perdure stop" in err
+    assert "is still alive: its controller answers" in err
+    assert "perdure stop t-run" in err
     assert "is stopped" in shell("stop", "t-run")[0]
     assert "has ended already" in shell("stop", "t-run", code=2)[1]
+
+
+SAVES = """
+import time, torch, perdure
+run = perdure.init(total_steps=100_000)
+weight = torch.zeros(1000)
+checkpointer = run.checkpointer()
+restored = checkpointer.restore({"weight": weight})
+begin = restored.step if restored else 0
+print("from", begin, flush=True)
+assert weight[0] == begin
+for step in range(begin + 1, 100_000):
+    weight += 1
+    run.beat(step)
+    if run.due(step):
+        checkpointer.save(step, {"weight": weight})
+    time.sleep(0.01)
+"""
+
+
+def test_a_save_on_order_is_what_resume_begins_from(shell: Shell) -> None:
+    shell("submit", "--name", "t-run", "--save-every", "100000", shell.script(SAVES))
+    shell.wait_for_phase("running")
+    told = json.loads(shell("save", "--json", "t-run")[0])
+    assert told["checkpoint"] > 0
+    shell("stop", "--now", "t-run")
+    process = shell.start("resume", "t-run")
+    said = f"from {told['checkpoint']}\n"  # until the new attempt begins, the old one's are shown
+    until(lambda: said if shell("logs", "t-run")[0] == said else "", "the resumed rank speaks")
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=WAIT_S)
+    assert process.returncode == 143
 
 
 def test_what_is_refused_leaves_nothing(shell: Shell) -> None:
@@ -243,14 +275,14 @@ def test_what_is_refused_leaves_nothing(shell: Shell) -> None:
         (("--store", "s3://bucket/x", "--env", "NOPE_NOPE", good), "NOPE_NOPE"),
     ]
     for words, said in cases:
-        out, err = shell(*RUN, *words, code=2)
+        out, err = shell(*COLD, *words, code=2)
         assert said in err
         assert out == ""
         assert "Traceback" not in err
     assert not (shell.folder / "home" / "store" / "t-run").exists()
     assert not marked("t-run")
-    shell(*RUN, good)
-    assert "exists already" in shell(*RUN, good, code=2)[1]
+    shell(*COLD, good)
+    assert "exists already" in shell(*COLD, good, code=2)[1]
 
 
 def test_stores_that_cannot_be_used_are_found_before_a_rank_starts(shell: Shell) -> None:
@@ -261,7 +293,7 @@ def test_stores_that_cannot_be_used_are_found_before_a_rank_starts(shell: Shell)
         AWS_ENDPOINT_URL="http://127.0.0.1:9",  # the discard port: nobody listens
         AWS_REGION="us-east-1",
     )
-    _, err = shell(*RUN, "--store", "s3://nowhere/runs", script, code=2)
+    _, err = shell(*COLD, "--store", "s3://nowhere/runs", script, code=2)
     assert "127.0.0.1:9" in err or "s3://nowhere" in err
     assert "what to do: " in err
     assert "very-secret" not in err
@@ -271,7 +303,7 @@ def test_stores_that_cannot_be_used_are_found_before_a_rank_starts(shell: Shell)
 def test_a_bucket_that_is_missing(shell: Shell, s3: Any) -> None:
     shell.environ.update(s3.environment)
     script = shell.script("open('started', 'w')")
-    _, err = shell(*RUN, "--store", "s3://no-such-bucket/runs", script, code=2)
+    _, err = shell(*COLD, "--store", "s3://no-such-bucket/runs", script, code=2)
     assert "no-such-bucket" in err
     assert "ucket" in err.split("what to do: ")[1]
     assert not (shell.folder / "started").exists()
@@ -280,7 +312,7 @@ def test_a_bucket_that_is_missing(shell: Shell, s3: Any) -> None:
 def test_a_run_kept_in_a_bucket(shell: Shell, s3: Any) -> None:
     shell.environ.update(s3.environment)
     bucket = s3.bucket()
-    shell(*RUN, "--store", bucket, shell.script("print('x')"))
+    shell(*COLD, "--store", bucket, shell.script("print('x')"))
     assert "finished" in shell("status", f"{bucket}/t-run")[0]
     for path in (shell.folder / "home").rglob("*"):
         if path.is_file():
@@ -288,7 +320,7 @@ def test_a_run_kept_in_a_bucket(shell: Shell, s3: Any) -> None:
 
 
 def test_json_is_one_object_a_line(shell: Shell) -> None:
-    out, _ = shell(*RUN, "--json", shell.script("print('x')"))
+    out, _ = shell(*COLD, "--json", shell.script("print('x')"))
     told = [json.loads(line) for line in out.splitlines()]
     assert told[-1]["kind"] == "summary"
     assert told[-1]["exit_code"] == 0

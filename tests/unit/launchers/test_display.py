@@ -117,6 +117,11 @@ def test_the_last_words_on_a_failure() -> None:
     ]
 
 
+def test_a_fault_that_was_survived_is_no_root_cause_of_a_stop() -> None:
+    stopped = {**FAILED, "exit_code": 130, "because": "stopped: SIGINT asked for it"}
+    assert summary(RunView.read(stopped))[0].startswith("run train-1124-093000-k3xq ended with")
+
+
 def test_the_last_words_on_a_success_and_on_a_detach() -> None:
     done = {**RUNNING, "phase": "finished", "exit_code": 0, "because": "every rank has finished"}
     assert summary(RunView.read(done)) == [
