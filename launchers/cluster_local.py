@@ -30,6 +30,7 @@ from perdure.runtime.errors import NoPlace
 
 HOST = "127.0.0.1"
 CLOSE_S = 10.0
+CONTROLLER_MARK = "PERDURE_CONTROLLER"  # of detached controllers and their guards; agents lack it
 BEFORE_RESTART_S = (0.0, 0.2, 1.0, 5.0)  # by how often in a row an agent did not come up
 
 

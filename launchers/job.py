@@ -13,6 +13,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from types import FrameType
 from typing import Any
 
@@ -20,6 +21,7 @@ from perdure.checkpoint.errors import CheckpointError, KeyExists
 from perdure.checkpoint.store import Store, open_store
 from perdure.launchers import records
 from perdure.launchers.cluster_local import (
+    CONTROLLER_MARK,
     EarlyAgent,
     LocalCluster,
     is_same,
@@ -30,14 +32,15 @@ from perdure.launchers.cluster_local import (
 )
 from perdure.launchers.controller_client import ControllerClient, connect
 from perdure.launchers.records import RunRecord
-from perdure.runtime import journal
+from perdure.runtime import journal, sweep
 from perdure.runtime.driver import Driver, Observer
 from perdure.runtime.errors import RunProblem, StoreProblem, WireError
-from perdure.runtime.opening import Opening, ResumeFrom, prepare
+from perdure.runtime.opening import Opening, ResumeFrom, prepare, refuse_if_alive
 from perdure.runtime.spec import JobSpec
 
 SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
 LOOK_S = 0.5
+END_S = 10.0
 
 
 def run_local(
@@ -54,6 +57,14 @@ def run_local(
     Raises RunProblem (exists, alive, taken over) and StoreProblem, before any rank was started.
     """
     token = early.token if early is not None else new_token()
+    try:
+        store = open_run(spec.store)
+        opening = begin(spec, store, resume)
+    except BaseException:
+        if early is not None:
+            early.close()
+        raise
+    # Only now: it ends what an earlier gang of this run left, and that gang was alive until proved.
     cluster = LocalCluster(
         spec.run,
         slots=spec.nproc_per_node,
@@ -66,8 +77,6 @@ def run_local(
         again=resume is not None,
     )
     try:
-        store = open_run(spec.store)
-        opening = begin(spec, store, resume)
         driver = Driver(
             spec,
             cluster=cluster,
@@ -103,7 +112,13 @@ def begin(spec: JobSpec, store: Store, resume: ResumeFrom | None) -> Opening:
                         f"a run named {spec.run} exists already in {store.url}",
                         hint=f"go on with it: perdure resume {spec.run}; or choose another --name",
                     ) from error
-        opening = prepare(store, resume=resume, known_dead=is_known_dead(spec.run, spec.store))
+        if resume is not None:
+            if not resume.takeover:
+                known_dead = is_known_dead(spec.run, spec.store)
+                refuse_if_alive(store, known_dead=known_dead, on_wait=resume.on_wait)
+            end_controllers(spec.run, spec.store)
+            resume = replace(resume, takeover=True)  # its life has been judged
+        opening = prepare(store, resume=resume)
         if resume is not None:
             key = f"journal/spec-{opening.term:06d}.json"
             store.put(key, spec.to_json().encode(), create=True)
@@ -113,11 +128,35 @@ def begin(spec: JobSpec, store: Store, resume: ResumeFrom | None) -> Opening:
 
 
 def is_known_dead(run: str, url: str) -> bool:
-    """Was the run's controller a process of this machine that is gone?"""
-    record = records.read(run)
-    if record is None or record.cluster != "local" or record.url != url:
+    """Was the run's controller a process of this machine that is gone, and nobody brings it back?"""
+    record = _local_record(run, url)
+    if record is None or sweep.marked(**{CONTROLLER_MARK: run}):
         return False
     return not is_same(record.pid, ticks_of(record.started))
+
+
+def end_controllers(run: str, url: str) -> None:
+    """End the processes of this machine that hold the run, before a later term is taken.
+
+    Until they found out they would start again what the new controller ends.
+    """
+    record = _local_record(run, url)
+    if record is not None and record.pid != os.getpid():
+        sweep.kill([record.pid] if is_same(record.pid, ticks_of(record.started)) else [])
+    end_s = time.monotonic() + END_S
+    while pids := sweep.marked(**{CONTROLLER_MARK: run}):  # again: they start each other
+        if time.monotonic() > end_s:
+            raise RunProblem(
+                f"processes {pids} hold the run {run} and do not die", hint="end them by hand"
+            )
+        sweep.kill(pids)
+        time.sleep(0.01)
+
+
+def _local_record(run: str, url: str) -> RunRecord | None:
+    record = records.read(run)
+    mine = record is not None and record.cluster == "local" and record.url == url
+    return record if mine else None
 
 
 def record_of(spec: JobSpec, address: tuple[str, int], token: str) -> RunRecord:
@@ -241,11 +280,6 @@ def submit(
 
     if resume is not None and not resume.takeover:
         # Judged here, where somebody can be told that it takes a while.
-        from perdure.runtime.opening import refuse_if_alive
-
-        refuse_if_alive(
-            open_run(spec.store),
-            known_dead=is_known_dead(spec.run, spec.store),
-            on_wait=resume.on_wait,
-        )
+        known_dead = is_known_dead(spec.run, spec.store)
+        refuse_if_alive(open_run(spec.store), known_dead=known_dead, on_wait=resume.on_wait)
     return Job(start(spec, dict(secrets or {}), resume=resume, nodes=nodes))

@@ -25,7 +25,7 @@ from typing import Any
 
 from perdure.checkpoint.store import Store
 from perdure.launchers import records
-from perdure.launchers.cluster_local import LocalCluster, new_token, state_of
+from perdure.launchers.cluster_local import CONTROLLER_MARK, LocalCluster, new_token, state_of
 from perdure.launchers.records import RunRecord
 from perdure.runtime import errors
 from perdure.runtime.errors import PerdureError, RunProblem, StoreProblem
@@ -96,6 +96,7 @@ def _spawn(config: Config, *, answers: bool = False) -> subprocess.Popen[bytes]:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE if answers else subprocess.DEVNULL,
             stderr=log,
+            env={**os.environ, CONTROLLER_MARK: spec.run},
             start_new_session=True,
         )
     finally:

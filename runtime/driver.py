@@ -86,9 +86,21 @@ class Driver:
         self._events: list[Event] = []
         self._lines: list[Line] = []
         self._asked: list[Event] = []  # by signal handlers and other threads
-        self._fleet = Fleet(
-            run=spec.run,
-            term=opening.term,
+        self._fleet, self._performer, self._beginning = self._parts()
+        listener = Listener(token, host=host)
+        self.address = (host, listener.port)
+        self._control = ControlServer(listener, self._watch, self._asks())
+        self._opened = False
+        self._waiting_for = ""
+        self._offered: tuple[object, ...] | None = None
+        self._logs: dict[int, str] = {}
+        self._begun_s = self._turned_s = time.monotonic()
+        self._poll_at_s = self._show_at_s = 0.0
+
+    def _parts(self) -> tuple[Fleet, Performer, Beginning]:
+        fleet = Fleet(
+            run=self.spec.run,
+            term=self._term,
             watch=self._watch,
             stamp_s=self._clock.stamp_s,
             emit=self._events.append,
@@ -96,34 +108,26 @@ class Driver:
             on_message=self._heard,
             job=self._job,
         )
-        self._performer = Performer(
-            spec,
-            fleet=self._fleet,
-            cluster=cluster,
-            store=store,
+        performer = Performer(
+            self.spec,
+            fleet=fleet,
+            cluster=self._cluster,
+            store=self._store,
             worker=self._worker,
             stamp_s=self._clock.stamp_s,
             emit=self._events.append,
             say=self._say,
         )
-        listener = Listener(token, host=host)
-        self.address = (host, listener.port)
-        self._control = ControlServer(listener, self._watch, self._asks())
-        self._beginning = Beginning(
-            opening,
-            store=store,
+        beginning = Beginning(
+            self._opening,
+            store=self._store,
             worker=self._worker,
-            fleet=self._fleet,
-            performer=self._performer,
-            patience_s=spec.timers.takeover_s,
+            fleet=fleet,
+            performer=performer,
+            patience_s=self.spec.timers.takeover_s,
             say=self._say,
         )
-        self._opened = False
-        self._waiting_for = ""
-        self._offered: tuple[object, ...] | None = None
-        self._logs: dict[int, str] = {}
-        self._begun_s = self._turned_s = time.monotonic()
-        self._poll_at_s = self._show_at_s = 0.0
+        return fleet, performer, beginning
 
     # What others may ask; safe in any thread and in a signal handler.
 

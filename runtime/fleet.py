@@ -68,6 +68,8 @@ class Fleet:
     def meet(self, view: ClusterView, now_s: float) -> None:
         """Follow the cluster: dial who is new, give up who is lost."""
         for node, why in view.lost:
+            if node in self.barred:  # dropped long ago; but now it is known to be dead
+                self._emit(NodeLost(at_s=self._stamp_s(), node=node, why=why))
             self.lose(node, why)
         for endpoint in view.agents:
             node = endpoint.node

@@ -19,6 +19,7 @@ from perdure.checkpoint.store import open_store
 from perdure.launchers import records
 from perdure.launchers.job import Job, run_local, submit
 from perdure.runtime import journal, sweep
+from perdure.runtime.errors import RunProblem
 from perdure.runtime.opening import ResumeFrom
 from perdure.runtime.spec import JobSpec, Timers
 
@@ -194,10 +195,15 @@ def pids_of(bench: Bench, ranks: int) -> set[int]:
     return {bench.steps(rank)[-1][2] for rank in range(ranks)}
 
 
+# A controller needs seconds to come back on a machine that is busy; a fence is not what is tested.
+PATIENT = Timers(fence_s=40.0, takeover_s=60.0)
+
+
 def submitted(bench: Bench, steps: int, pause_s: float = 0.05, **more: Any) -> Job:
-    job = submit(bench.spec(steps, pause_s, nproc_per_node=2, **more))
+    job = submit(bench.spec(steps, pause_s, nproc_per_node=2, timers=PATIENT, **more))
+    bench.wait(lambda: bench.controllers("guard"), "the guard")
     bench.wait(lambda: bench.steps(0) and bench.steps(1), "the first steps")
-    bench.wait(lambda: "gang_started" in str(bench.lines()), "the journal to follow", 2.0)
+    bench.wait(lambda: "gang_started" in str(bench.lines()), "the journal to follow")
     return job
 
 
@@ -269,7 +275,7 @@ def test_controller_and_guard_bring_each_other_back(bench: Bench) -> None:
 
 def test_a_controller_killed_before_its_first_words(bench: Bench) -> None:
     """The gang was launched, and the journal does not know of it yet."""
-    job = submit(bench.spec(60, 0.05))
+    job = submit(bench.spec(60, 0.05, timers=PATIENT))
     bench.wait(lambda: bench.steps(0), "the first step")
     old = kill_controller(bench)
     before = pids_of(bench, 1)
@@ -283,6 +289,20 @@ def test_a_stop_from_elsewhere(bench: Bench) -> None:
     job.stop()
     assert job.wait(40.0) == 0
     assert len(bench.steps(0)) < 2000
+
+
+def test_a_living_run_is_not_resumed_but_may_be_taken_over(bench: Bench) -> None:
+    submitted(bench, 400)
+    before = pids_of(bench, 2)
+    old = set(bench.controllers())
+    told: list[str] = []
+    with pytest.raises(RunProblem, match="still alive") as caught:
+        run_local(bench.spec(3), {}, observe, resume=ResumeFrom(on_wait=told.append))
+    assert "--takeover" in caught.value.hint and told
+    assert all(map(sweep.alive, before | old)), "it was only asked"
+    assert run_local(bench.spec(3), {}, observe, resume=ResumeFrom(takeover=True)) == 0
+    assert not any(map(sweep.alive, before | old))
+    assert [row[1] for row in bench.steps(0) if row[0] == "2.2"] == [1, 2, 3]
 
 
 LAUNCH = """
