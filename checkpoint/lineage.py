@@ -27,7 +27,7 @@ import logging
 import uuid
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from perdure.checkpoint import keys
@@ -54,6 +54,7 @@ from perdure.checkpoint.store import Entry, Store
 
 A = TypeVar("A")
 B = TypeVar("B")
+_LOST_SHOWN = 3
 _REQUESTS = 16  # at once: small records, so latency is what counts
 _log = logging.getLogger(__name__)
 
@@ -91,6 +92,31 @@ def line(history: History) -> list[Commit]:
             break
         attempt, upto = parent.attempt, min(upto, parent.step)
     return found
+
+
+def restorable(history: History) -> list[Commit]:
+    """The line, for whoever is about to restore its newest.
+
+    Raises StateError when it is empty because of damage: a run that has trained must never start
+    from nothing in silence. Empty because nothing was committed, or because a newer attempt began
+    from nothing, is the truth and no error.
+    """
+    found = line(history)
+    if found:
+        return found
+    lost = [why for key, why in history.unreadable if key.startswith((keys.COMMITS, keys.ATTEMPTS))]
+    marked = {mark.point: mark.why for mark in history.bad}
+    lost += [
+        f"{commit.point} is marked bad: {marked[commit.point]}"
+        for commit in line(replace(history, bad=()))
+    ]
+    if lost:
+        raise StateError(
+            f"no checkpoint of this run can be restored; {'; '.join(lost[:_LOST_SHOWN])}",
+            hint="Name one with --step (or `restore(step=)`) to try it all the same; to start from "
+            "nothing, use another --store.",
+        )
+    return []
 
 
 def off_line(history: History) -> list[Commit]:

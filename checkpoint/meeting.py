@@ -43,14 +43,15 @@ def decide(store: Store, *, restore: bool, step: int | None) -> Decision:
 
     With `restore` the run's newest good commit, or that of `step`; without it none: a script that
     saves before it ever restored starts afresh. What is complete but not committed (a process died
-    in between) is committed first. Raises StateError when there is no commit of `step`.
+    in between) is committed first. Raises StateError when there is no commit of `step`, or when there
+    are commits and none of them is fit to be restored.
     """
     lineage.commit_complete(store)
     history = lineage.read_history(store)
     point: Point | None = None
     if restore and step is not None:
         point = lineage.commit_at(history, step).point
-    elif restore and (line := lineage.line(history)):
+    elif restore and (line := lineage.restorable(history)):
         point = line[0].point
     record = lineage.take_attempt(store, point)
     return {"attempt": record.attempt, "restore": point._asdict() if point else None}

@@ -42,6 +42,8 @@ class Beginning:
         def then(result: Line | Exception) -> None:
             if not isinstance(result, Exception):
                 self._line = result
+                for note in result.notes:
+                    self._say("", note)
             elif self._opening.state is None or not isinstance(result, StoreProblem):
                 self.failure = result
             else:  # ranks may be training, and may go on without a store for a while

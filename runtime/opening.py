@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from perdure.checkpoint import lineage
-from perdure.checkpoint.errors import CheckpointError
+from perdure.checkpoint.errors import CheckpointError, StateError
 from perdure.checkpoint.store import Store
 from perdure.runtime import journal
 from perdure.runtime.core import codec
@@ -60,6 +60,7 @@ class ResumeFrom:
 class Line:
     points: tuple[RestorePoint, ...]  # newest first
     counter: int  # the highest with a trace among the checkpoints
+    notes: tuple[str, ...] = ()  # records that were left aside, and why
 
 
 def prepare(store: Store, *, resume: ResumeFrom | None = None, known_dead: bool = False) -> Opening:
@@ -106,14 +107,20 @@ def read_line(store: Store, step: int | None) -> Line:
     Raises RunProblem when there are checkpoints and none of them may be restored, or none of `step`;
     StoreProblem when the store cannot be read.
     """
+    notes: list[str] = []
     try:
-        lineage.commit_complete(store)
+        lineage.commit_complete(store, note=notes.append)
         history = lineage.read_history(store)
-        commits = lineage.line(history)
-        if step is not None:
+        notes += [f"left aside: {why}" for _key, why in history.unreadable]
+        if step is None:
+            commits = lineage.restorable(history)
+        else:
+            commits = lineage.line(history)
             chosen = lineage.commit_at(history, step)
             onward = [c for c in commits if c.step < step] if chosen in commits else []
             commits = [chosen, *onward]
+    except StateError as error:
+        raise RunProblem(str(error), hint=error.hint) from error
     except CheckpointError as error:
         kind = StoreProblem if step is None else RunProblem
         raise kind(str(error), hint=error.hint) from error
@@ -125,7 +132,7 @@ def read_line(store: Store, step: int | None) -> Line:
     newest = history.newest_attempt
     points = (RestorePoint(c.step, codec.attempt_from_text(c.attempt)) for c in commits)
     counter = codec.attempt_from_text(newest).counter if newest is not None else 0
-    return Line(points=tuple(points), counter=counter)
+    return Line(points=tuple(points), counter=counter, notes=tuple(notes))
 
 
 def refuse_if_alive(
