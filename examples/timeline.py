@@ -15,6 +15,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
 ATTEMPTS = ("#4c72b0", "#55a868", "#8172b2", "#937860")  # by attempt, over and over
@@ -94,57 +95,68 @@ def draw(
     figure, (above, below) = plt.subplots(
         2, 1, sharex=True, figsize=(11, 6.2), height_ratios=(1, 1.6), layout="constrained"
     )
-    since = story.begin
-    kill_at, kill_node = kill
+    _draw_nodes(above, story, kill)
+    above.set_title(
+        f"One of two nodes was killed; the next step followed {recovered_s:.1f} s later",
+        loc="left", fontsize=13, fontweight="bold",
+    )  # fmt: skip
+    _draw_steps(below, story, steps)
+    for axes in (above, below):
+        axes.axvline(kill[0] - story.begin, color=KILL, lw=1.2, ls="--")
+        axes.spines[["top", "right"]].set_visible(False)
+    below.set_xlim(0, (story.end - story.begin) * 1.02)
+    below.set_ylim(0)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def _draw_nodes(axes: Axes, story: Story, kill: tuple[float, str]) -> None:
+    """A row a node: grey while its agent waits, then the attempts whose ranks ran there."""
+    since, (kill_at, kill_node) = story.begin, kill
     rows = {node: row for row, node in enumerate(sorted(story.nodes, reverse=True))}
     colors = {a: ATTEMPTS[i % len(ATTEMPTS)] for i, a in enumerate(_attempts(story))}
-
     for node, there in story.nodes.items():
-        first = min((bar.begin for bar in story.bars if bar.node == node), default=story.end)
-        above.barh(rows[node], first - there, 0.62, there - since, color=WAITING)
-        if first - there > 0.15 * (story.end - since):
-            above.text(
-                (there + first) / 2 - since, rows[node], "spare: agent up, torch imported",
+        first = next((bar for bar in story.bars if bar.node == node), None)
+        until = first.begin if first is not None else story.end
+        axes.barh(rows[node], until - there, 0.62, there - since, color=WAITING)
+        if first is None or first.attempt != story.bars[0].attempt:
+            axes.text(
+                (there + until) / 2 - since, rows[node], "spare: agent up, torch imported",
                 ha="center", va="center", color="#555555", fontsize=9,
             )  # fmt: skip
     for bar in story.bars:
         end = bar.end if bar.end is not None else story.end
         if bar.node == kill_node:
             end = min(end, kill_at)
-        above.barh(
-            rows[bar.node], end - bar.begin, 0.62, bar.begin - since, color=colors[bar.attempt]
-        )
-        above.text(
+        color = colors[bar.attempt]
+        axes.barh(rows[bar.node], end - bar.begin, 0.62, bar.begin - since, color=color)
+        axes.text(
             (bar.begin + end) / 2 - since, rows[bar.node], bar.ranks,
             ha="center", va="center", color="white", fontsize=9,
         )  # fmt: skip
-    above.plot(
-        kill_at - since,
-        rows[kill_node],
-        marker="X",
-        markersize=13,
-        color=KILL,
-        markeredgecolor="white",
-    )
-    above.set_yticks(list(rows.values()), list(rows))
-    above.set_ylim(-0.6, len(rows) - 0.4)
-    above.set_title(
-        f"One of two nodes was killed; the next step followed {recovered_s:.1f} s later",
-        loc="left", fontsize=13, fontweight="bold",
+    axes.plot(
+        kill_at - since, rows[kill_node],
+        marker="X", markersize=13, color=KILL, markeredgecolor="white",
     )  # fmt: skip
+    axes.set_yticks(list(rows.values()), list(rows))
+    axes.set_ylim(-0.6, len(rows) - 0.4)
+
+
+def _draw_steps(axes: Axes, story: Story, steps: Sequence[tuple[float, int]]) -> None:
+    since = story.begin
     for part in _unbroken(steps):
-        below.plot([at - since for at, _ in part], [step for _, step in part], color=LINE, lw=1.8)
+        axes.plot([at - since for at, _ in part], [step for _, step in part], color=LINE, lw=1.8)
     for at, step in story.commits:
-        below.plot(at - since, step, "o", color=COMMIT, markersize=6)
+        axes.plot(at - since, step, "o", color=COMMIT, markersize=6)
     for _, step in story.restores:
-        below.axhline(step, color=COMMIT, lw=0.9, ls=":", zorder=0)
-        below.annotate(
+        axes.axhline(step, color=COMMIT, lw=0.9, ls=":", zorder=0)
+        axes.annotate(
             f"restored from step {step}", (1.0, step), (-4, -12), ha="right",
             xycoords=("axes fraction", "data"), textcoords="offset points", fontsize=9, color=COMMIT,
         )  # fmt: skip
-    below.set_ylabel("optimizer step")
-    below.set_xlabel("seconds since the run began")
-    below.legend(
+    axes.set_ylabel("optimizer step")
+    axes.set_xlabel("seconds since the run began")
+    axes.legend(
         handles=[
             Line2D([], [], color=LINE, label="step, by the script's own log"),
             Line2D([], [], color=COMMIT, marker="o", ls="", label="checkpoint committed on S3"),
@@ -152,13 +164,6 @@ def draw(
         ],
         loc="upper left", frameon=False, fontsize=9,
     )  # fmt: skip
-    for axes in (above, below):
-        axes.axvline(kill_at - since, color=KILL, lw=1.2, ls="--")
-        axes.spines[["top", "right"]].set_visible(False)
-    below.set_xlim(0, (story.end - since) * 1.02)
-    below.set_ylim(0)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
 
 
 def _unbroken(steps: Sequence[tuple[float, int]]) -> list[list[tuple[float, int]]]:

@@ -42,6 +42,7 @@ CALL_S = 10.0  # bound of a call to an actor that is up
 START_S = 60.0  # from creating an anchor to its agent's port: Ray starts a worker for it
 AVOID_S = 30.0  # a node on which an anchor failed to start is not tried again before
 SECOND_OPINION_S = 5.0  # between two looks at the port of an agent that Ray has lost
+FORGET_S = 2.0
 TURN_S = 0.25
 
 
@@ -117,6 +118,7 @@ class RayCluster:
             self._wake.wait(TURN_S)
             self._wake.clear()
         self._end(list(self._anchors.values()))
+        self._wait_until_forgotten()
         self._anchors.clear()
         self._publish("")
         self._closed.set()
@@ -140,16 +142,26 @@ class RayCluster:
             nodes = []
         return self._waiting_for(count, exclude, nodes)
 
-    def _adopt(self) -> None:
-        """Find the agents that an earlier controller of this run left behind."""
+    def _wait_until_forgotten(self) -> None:
+        """Ray knows a killed actor for a moment longer, and whoever comes next would adopt it."""
+        ended = {agent_prefix(self._spec.run) + node for node in self._anchors}
+        end = time.monotonic() + FORGET_S
+        while ended & set(self._names()) and time.monotonic() < end:
+            time.sleep(0.05)
+
+    def _names(self) -> list[str]:
+        """Of actors that may be this run's: "a" is also the beginning of "a-b"."""
         prefix = agent_prefix(self._spec.run)
-        names = [
+        return [
             entry["name"]
             for entry in ray.util.list_named_actors(all_namespaces=True)
             if entry["namespace"] == NAMESPACE and entry["name"].startswith(prefix)
         ]
+
+    def _adopt(self) -> None:
+        """Find the agents that an earlier controller of this run left behind."""
         asked: list[tuple[Any, Any]] = []  # handle, reference to its answer
-        for name in names:
+        for name in self._names():
             with contextlib.suppress(ValueError):  # died since it was listed
                 handle = ray.get_actor(name, namespace=NAMESPACE)
                 asked.append((handle, handle.where.remote()))
@@ -161,7 +173,7 @@ class RayCluster:
             except (RayError, GetTimeoutError):
                 ray.kill(handle)  # never started, or its node is gone: of no use to anyone
                 continue
-            if where.pop("run") == self._spec.run:  # "a" is also the beginning of "a-b"
+            if where.pop("run") == self._spec.run:
                 node = where["node"]
                 self._anchors[node] = _Anchor(
                     node=node,
