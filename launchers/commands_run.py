@@ -142,6 +142,7 @@ def _with_code(plan: Plan, store: Store) -> Plan:
 def _foreground(plan: Plan, early: EarlyAgent | None, back: ResumeFrom | None) -> int:
     if plan.cluster != "local":
         _submit(plan, back)
+        say(f"run {plan.spec.run}; what its ranks print: perdure logs {plan.spec.run} -f")
         return _watch(plan)
     from perdure.launchers.display import Display, face_for
     from perdure.launchers.job import run_local

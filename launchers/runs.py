@@ -88,16 +88,25 @@ def connect(found: Found) -> ControllerClient | None:
     """The run's controller, or None when there is none to be reached from here."""
     if found.record is None:
         return None
-    try:
-        if found.record.cluster == "local":
-            from perdure.launchers import controller_client
+    from perdure.launchers import controller_client
 
-            return controller_client.connect(found.record)
+    try:
+        return controller_client.connect(found.record)
+    except (WireError, OSError):
+        if found.record.cluster == "local" or _has_ended(found):
+            return None
+    try:  # Ray may have started it again elsewhere; asking Ray takes seconds, so it comes last
         from perdure.launchers.ray_submit import connect_ray
 
         return connect_ray(found.record)
     except (WireError, OSError):
         return None
+
+
+def _has_ended(found: Found) -> bool:
+    from perdure.runtime import journal
+
+    return journal.read(open_run(found)).finished is not None
 
 
 def refuse_alive(found: Found) -> None:
