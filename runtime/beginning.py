@@ -78,11 +78,13 @@ class Beginning:
     def _answers(self) -> tuple[AgentAnswer, ...] | None:
         """None while somebody may still answer."""
         state, answers = self._opening.state, self._fleet.answers()
-        if state is not None:
+        if state is not None and state.attempt is not None:
             known = {m.node for m in state.members} | state.cleaning.keys() | state.offered.keys()
+            # The snapshot is up to a second old: a gang may hold nodes that it does not know.
+            known |= {n for n, agent in self._fleet.agents.items() if agent.welcome is None}
             gone = {node for node, _port in self._fleet.gone}
             missing = len(known - answers.keys() - gone)
-        else:  # it died before its first words: whatever agents the cluster finds may hold a gang
+        else:  # it died before it wrote of a launch: whatever agents there are may hold a gang
             missing = self._performer.wanted - len(answers)
         if missing > 0 and time.monotonic() - self._begun_s < self._patience_s:
             return None

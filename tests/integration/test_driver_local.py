@@ -281,7 +281,7 @@ def test_a_controller_killed_before_its_first_words(bench: Bench) -> None:
     before = pids_of(bench, 1)
     bench.wait(lambda: (r := records.read(bench.run)) and r.pid != old, "another controller")
     assert job.wait(60.0) == 0
-    assert pids_of(bench, 1) == before
+    assert pids_of(bench, 1) == before, bench.story()
 
 
 def test_a_stop_from_elsewhere(bench: Bench) -> None:
@@ -350,7 +350,7 @@ def test_a_frozen_node_is_taken_over_and_wakes_to_nothing(bench: Bench) -> None:
         sweep.kill(frozen, signal.SIGCONT)
     took_s = rows[0][3] - frozen_at
     print(f"frozen to the next step: {took_s:.2f} s with takeover_s {timers.takeover_s}")
-    assert timers.takeover_s <= took_s < timers.takeover_s + 5.0
+    assert took_s > timers.fence_s, "its own fence must have fallen before"
     bench.wait(lambda: not any(map(sweep.alive, frozen_ranks(frozen))), "the sleeper's ranks", 5.0)
     # This script has no optimizer whose hook could stop it before its next step: the agent does.
     late = [row for row in bench.steps(1) if row[0] == "1.1" and row[3] > woken_at + 1.0]
