@@ -27,13 +27,14 @@ def take_over(core: Moves, event: TookOver) -> None:
     newest = max(launched, key=lambda a: (a.attempt, a.node), default=None)
     newer = newest is not None and _learn_attempt(core, newest)
     _learn_line(core, event.line)
-    _learn_nodes(core, answers)
+    over = s.phase == "waiting" and not newer  # its gang was given up before the controller changed
+    _learn_nodes(core, answers, over)
     if s.attempt is None:
         if s.phase == "new":
             core.wait("a new controller found no gang")
         s.place_by_s = s.now_s + core.spec.timers.place_s
         core.request("a new controller has taken over")
-    elif s.phase == "waiting" and not newer:
+    elif over:
         core.request("a new controller has taken over")
     else:
         _settle(core, answers)
@@ -80,7 +81,7 @@ def _learn_line(core: Moves, line: tuple[RestorePoint, ...]) -> None:
     s.line = kept
 
 
-def _learn_nodes(core: Moves, answers: dict[str, AgentAnswer]) -> None:
+def _learn_nodes(core: Moves, answers: dict[str, AgentAnswer], over: bool) -> None:
     """Who does not answer is lost; who answers with an attempt that is not its own any more is unclean."""
     s = core.state
     members = {m.node for m in s.members}
@@ -91,7 +92,7 @@ def _learn_nodes(core: Moves, answers: dict[str, AgentAnswer]) -> None:
     slots = core.spec.nproc_per_node
     s.offered = {n: s.offered.get(n, slots) for n in sorted(answers) if n not in s.excluded}
     for node, answer in answers.items():
-        if node in members and answer.attempt == s.attempt:
+        if node in members and answer.attempt == s.attempt and not over:
             s.away.discard(node)
             s.excluded.pop(node, None)
         elif s.attempt is not None and answer.attempt is not None:

@@ -42,6 +42,11 @@ class Checks:
         elif isinstance(command, Finish):
             self._finish(command)
 
+    def node_is_clean(self, attempt: Attempt, node: Node) -> None:
+        """Every process of an earlier attempt had ended before this one was launched here."""
+        if node.ranks:
+            self._fail(f"{attempt} is launched on {node.name}, where {node.attempt} has ranks")
+
     def ranks_start(self, attempt: Attempt, node: Node) -> None:
         """No process of an older attempt can make another step anywhere.
 

@@ -183,6 +183,7 @@ class World:
         if self.now >= node.lease_until:
             self.fired["late_launch"] += 1  # it lay in the link of a frozen node: too late to obey
             return
+        self.checks.node_is_clean(attempt, node)
         node.attempt, node.members, node.restore = attempt, command.members, command.restore
         node.ranks, node.ended = set(), {}
         if node.fail_launches:
