@@ -72,6 +72,35 @@ def test_a_controller_that_died_before_its_first_words_is_followed_all_the_same(
     assert "launch" not in agent.kinds() and "stop" not in agent.kinds()
 
 
+def test_a_snapshot_from_before_the_launch_does_not_hide_the_gang(
+    make_world: Any, until: Any
+) -> None:
+    world = make_world()
+    (agent,) = world.agents
+    agent.deaf.add("job")
+
+    class Killed(Exception):
+        pass
+
+    def die(status: Any, lines: Any) -> None:
+        if status["phase"] == "waiting" and journal.read(world.store).state is not None:
+            raise Killed
+
+    with pytest.raises(Killed):
+        world.make(die).run()
+    agent.deaf.clear()
+    agent.heard.clear()
+    agent.attempt, agent.running = "1.1", True  # launched right after that snapshot
+    agent.launch = {"members": [["n0", 0, 0, 2]], "restore": None}
+
+    def script() -> Script:
+        yield until("running")
+        agent.all_exit(exit_code=0)
+
+    assert world.run(script()) == 0
+    assert "launch" not in agent.kinds() and "stop" not in agent.kinds()
+
+
 def test_a_controller_that_died_in_a_recovery_is_followed_by_one_that_finishes_it(
     make_world: Any, until: Any
 ) -> None:
