@@ -1,7 +1,8 @@
 """One agent per node: it starts ranks, says how they are, and ends them. It decides nothing.
 
 A single thread around one selector. It listens, controllers connect; the one with the highest term is
-obeyed (`agent_talk.py` answers messages, this file owns processes and time). Every child of the node
+obeyed. This file owns processes and time; `agent_talk.py` answers messages, `agent_launch.py` carries
+out launches, `agent_pulse.py` beats and holds the lease. Every child of the node
 is created from this thread, so that parent-death signals, which follow the thread, hold.
 
 Ends. A launch, a stop and the end of the lease all go through `_begin_end`: SIGTERM and a grace period
@@ -20,18 +21,21 @@ import os
 import random
 import selectors
 import signal
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
 from perdure.runtime import exits, proc, sweep
+from perdure.runtime.agent_job import Job
+from perdure.runtime.agent_launch import Launcher
+from perdure.runtime.agent_links import Links
+from perdure.runtime.agent_pulse import Pulse
 from perdure.runtime.agent_talk import Talk
 from perdure.runtime.core import codec
 from perdure.runtime.logs import Console
 from perdure.runtime.ranks import Gang
+from perdure.runtime.rendezvous import Rendezvous
 from perdure.runtime.uploader_link import UploaderLink
-from perdure.runtime.wire import Link
 from perdure.runtime.zygote_link import ZygoteLink
 
 LEAVE_GRACE_S = 1.5  # SIGTERM to SIGKILL for ranks when the owner is gone
@@ -40,67 +44,84 @@ SHUTDOWN_S = 30.0  # for staged saves when a controller says that the job is ove
 _SWEEP_POLL_S = 0.003  # while something of a gang is dying
 
 
-class Agent(Talk):
-    """The node's processes and clocks; `Talk` is its mouth."""
+class Agent:
+    """The node's processes and clocks."""
 
     def __init__(self, config: dict[str, Any], zygote: ZygoteLink | None) -> None:
-        self.selector = selectors.DefaultSelector()
+        self.run_id: str = config["run"]
+        self.node: str = config["node"]
+        self.slots: int = config["slots"]
+        self.state_dir: str = config["state_dir"]
         self.mark = os.environ[sweep.AGENT_MARK]
-        self.oom = exits.OomCounter()
+        self.job: Job | None = None
+        self.gang: Gang | None = None
+        self.last: Gang | None = None  # the gang that is gone: its reports may be asked for again
+        self.pending_launch: dict[str, Any] | None = None  # waits for an older gang's end
         self.end_at_s: float | None = None  # SIGKILL time of the gang that is being ended
         self.leave_by_s: float | None = None  # set once this agent is to leave
         self._leaving_told = False
-        self.nothing = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
-        self.stdin = self.nothing
+        self._console_more = False
+        self._signals: list[int] = []
+        self._oom = exits.OomCounter()
+        self._selector = selectors.DefaultSelector()
+        self._catch_signals()
+        self.stdin = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
         self.console: Console | None = None
         if config["console"]:
             self.stdin, stdout, stderr = config["console"]
             self.console = Console(stdout, stderr)
             self.watch(self.console, self._copy_console)
-        self._console_more = False
         self.uploader = UploaderLink(self.mark)
-        super().__init__(config)
-        self.zygote = zygote
-        if zygote is not None:
-            self.watch(zygote, self._hear_zygote)
         self.watch(self.uploader.listener, self._rank_wants_uploader)
-        self._signals: list[int] = []
-        self._wake_read, wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self.rendezvous = Rendezvous(config["host"])
+        self.pulse = Pulse(self, token=config["token"], owned=config["owned"])
+        self.launcher = Launcher(self)
+        self.talk = Talk(self)
+        self.links = Links(
+            self, host=config["host"], token=config["token"], node=self.node, hear=self.talk.hear
+        )
+        self.zygote: ZygoteLink | None = None
+        self._use_zygote(zygote)
+
+    def _catch_signals(self) -> None:
+        wake_read, wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.signal(signal.SIGTERM, lambda number, _: self._signals.append(number))
         for number in (signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, signal.SIG_IGN)
-        self.watch(self._wake_read, lambda: os.read(self._wake_read, 4096))
+            signal.signal(
+                number, signal.SIG_IGN
+            )  # a terminal's signals are the launcher's business
+        self.watch(wake_read, lambda: os.read(wake_read, 4096))
 
     # -- the loop
 
     def watch(self, thing: Any, handler: Callable[[], object], *, write: bool = False) -> None:
         events = selectors.EVENT_READ | (selectors.EVENT_WRITE if write else 0)
-        self.selector.register(thing, events, handler)
+        self._selector.register(thing, events, handler)
 
     def unwatch(self, fd: int) -> None:
         with contextlib.suppress(KeyError):
-            self.selector.unregister(fd)
+            self._selector.unregister(fd)
 
     def run(self) -> int:
         """Until this agent has left. Returns the exit code."""
         while True:
             now_s = time.monotonic()
-            self._signals_seen(now_s)
+            self._signals_seen()
             self._reap()
-            self.check_lease(now_s)  # before any message: a late acknowledgement revives nobody
+            self.pulse.check_lease(now_s)
             self._advance_end(now_s)
-            self.beat_if_due(now_s)
+            self.pulse.beat_if_due(now_s)
             if self._left(now_s):
                 return 0
-            for key, _events in self.selector.select(self._sleep_s()):
+            for key, _events in self._selector.select(self._sleep_s()):
                 key.data()
 
     def _sleep_s(self) -> float:
         now_s = time.monotonic()
-        due = [self.next_beat_s, self.lease_check_s()]
-        if self.gang is not None and self.ending:
+        due = [self.pulse.due_s()]
+        if self.gang is not None and self.gang.ending:
             dying = self.end_at_s is None or now_s >= self.end_at_s or not self.gang.living
             due.append(now_s + _SWEEP_POLL_S if dying else self.end_at_s or now_s)
         if self.leave_by_s is not None:
@@ -109,11 +130,10 @@ class Agent(Talk):
             due.append(now_s)
         return max(0.0, min(due) - now_s)
 
-    def _signals_seen(self, now_s: float) -> None:
+    def _signals_seen(self) -> None:
         if self._signals:
             self._signals.clear()
-            if self.leave_by_s is None:
-                self.leave(now_s, grace_s=LEAVE_GRACE_S, within_s=LEAVE_S)
+            self.leave(grace_s=LEAVE_GRACE_S, within_s=LEAVE_S)
 
     # -- children
 
@@ -133,9 +153,9 @@ class Agent(Talk):
                 return
             if pid == 0:
                 return
-            self._child_ended(pid, status)
+            self.child_ended(pid, status)
 
-    def _child_ended(self, pid: int, status: int) -> None:
+    def child_ended(self, pid: int, status: int) -> None:
         gang = self.gang
         if gang is not None and gang.of_pid(pid) is not None:
             self._rank_ended(gang, pid, status)
@@ -144,7 +164,7 @@ class Agent(Talk):
         elif gang is not None and pid == gang.store_pid:
             gang.store_pid = None
             if not gang.ending:
-                self.note(f"the rendezvous store of attempt {gang.attempt} died")
+                self.links.note(f"the rendezvous store of attempt {gang.attempt} died")
         elif self.zygote is not None and pid == self.zygote.pid:
             self._hear_zygote()
         elif pid == self.uploader.pid:
@@ -152,18 +172,18 @@ class Agent(Talk):
             self.unwatch(self.uploader.listener.fileno())
             self.watch(self.uploader.listener, self._rank_wants_uploader)
             if status and self.leave_by_s is None:
-                self.note(
+                self.links.note(
                     f"the uploader died (wait status {status}); it is started again on demand"
                 )
         elif self.job is not None and pid == self.job.fetching:
-            self.code_fetched(self.job.fetched(status))
+            self.talk.code_fetched(self.job.fetched(status))
 
     def _rank_ended(self, gang: Gang, pid: int, status: int) -> None:
         rank = gang.of_pid(pid)
         assert rank is not None
-        report = gang.ended(rank, status, oom=status == signal.SIGKILL and self.oom.rose())
-        self.beat_now()  # how far it came: the last beat may be a second old
-        self.tell(kind="exited", attempt=str(gang.attempt), report=codec.encode(report))
+        report = gang.ended(rank, status, oom=status == signal.SIGKILL and self._oom.rose())
+        self.pulse.beat()  # how far it came: the last beat may be a second old
+        self.links.tell(kind="exited", attempt=str(gang.attempt), report=codec.encode(report))
         if status != 0 and not gang.ending:
             # What it leaves behind holds its devices, ports and pipes: ended now, not at the stop.
             orphans = set(sweep.children(os.getpid())) - self.known_children()
@@ -171,9 +191,11 @@ class Agent(Talk):
 
     # -- ending a gang
 
-    @property
-    def ending(self) -> bool:
-        return self.gang is not None and self.gang.ending
+    def adopt(self, gang: Gang) -> None:
+        """A gang is about to start: its pages get the fence, its first step wakes us."""
+        self.gang, self.last = gang, None
+        self.pulse.renew_fence()
+        self.watch(gang.wake_fd, self.pulse.first_step)
 
     def begin_end(self, grace_s: float) -> None:
         """End the gang there is: now, or within `grace_s` of being asked. Shortens, never prolongs."""
@@ -209,14 +231,14 @@ class Agent(Talk):
         self.unwatch(gang.wake_fd)
         gang.release()
         self.gang, self.last, self.end_at_s = None, gang, None
-        self.gang_gone()
+        self.talk.gang_gone()
 
     # -- leaving
 
-    def leave(self, now_s: float, *, grace_s: float, within_s: float) -> None:
+    def leave(self, *, grace_s: float, within_s: float = SHUTDOWN_S) -> None:
         """End everything and return from `run`: ranks first, then staged saves, bounded."""
-        if self.leave_by_s is None or now_s + within_s < self.leave_by_s:
-            self.leave_by_s = now_s + within_s
+        by_s = time.monotonic() + within_s
+        self.leave_by_s = by_s if self.leave_by_s is None else min(by_s, self.leave_by_s)
         self.pending_launch = None
         self.begin_end(grace_s)
 
@@ -230,9 +252,9 @@ class Agent(Talk):
             return False
         left = sweep.kill_descendants(os.getpid(), marked=self.mark)
         if left:
-            print(f"perdure: processes {left} do not die", file=sys.stderr)
+            os.write(2, f"perdure: processes {left} do not die\n".encode())
         self.uploader.close()
-        self.close_links()
+        self.links.close()
         return True
 
     # -- descriptors that speak
@@ -242,29 +264,28 @@ class Agent(Talk):
         self._console_more = self.console.copy()
 
     def _hear_zygote(self) -> None:
-        zygote = self.zygote
-        if zygote is None:
+        if self.zygote is None:
             return
-        for answer in zygote.answers():
+        for answer in self.zygote.answers():
             if answer.get("gone"):
-                self.drop_zygote()
-                self.note("the process that ranks are forked from died; a new one is started")
-                self.zygote_gone()
+                self._use_zygote(None)
+                self.launcher.zygote_gone()
             else:
-                self.zygote_answered(answer)
+                self.launcher.zygote_answered(answer)
 
-    def drop_zygote(self) -> None:
+    def choose_zygote(self, job: Job) -> None:
+        """Have the zygote that this job's ranks need, which may be another, or none."""
+        self._use_zygote(job.choose_start(self.zygote))
+
+    def _use_zygote(self, zygote: ZygoteLink | None) -> None:
+        if zygote is self.zygote:
+            return
         if self.zygote is not None:
             self.unwatch(self.zygote.fileno())
-            with contextlib.suppress(ProcessLookupError):
-                self.zygote.close()
-            self.zygote = None
-
-    def use_zygote(self, zygote: ZygoteLink | None) -> None:
-        if zygote is not self.zygote:
-            self.zygote = zygote
-            if zygote is not None:
-                self.watch(zygote, self._hear_zygote)
+            self.zygote.close()
+        self.zygote = zygote
+        if zygote is not None:
+            self.watch(zygote, self._hear_zygote)
 
     def _rank_wants_uploader(self) -> None:
         if self.job is None or time.monotonic() < self.uploader.may_start_s():
@@ -296,10 +317,7 @@ class Agent(Talk):
             self.uploader.silent()
             return
         for message in messages:
-            self.uploader_said(message)
-
-    def link_closed(self, link: Link, fd: int) -> None:
-        self.unwatch(fd)
+            self.talk.uploader_said(message)
 
 
 def main(zygote: ZygoteLink | None) -> int:
@@ -315,14 +333,16 @@ def main(zygote: ZygoteLink | None) -> int:
     slow = proc.back_to_normal_priority()
     agent = Agent(config, zygote)
     proc.set_command_line(["perdure-agent", config["run"], config["node"]])
-    os.write(1, json.dumps({"port": agent.port, "pid": os.getpid()}).encode() + b"\n")
+    os.write(1, json.dumps({"port": agent.links.port, "pid": os.getpid()}).encode() + b"\n")
     os.dup2(2, 1)  # whoever started us reads one line and closes; a later print must not fail
     if slow:
-        agent.note(slow)
+        agent.links.note(slow)
     killed = sweep.kill_marked(
         spare_agent=agent.mark,
         **{sweep.RUN_MARK: config["run"], sweep.NODE_MARK: config["node"]},
     )
     if killed:
-        agent.note(f"{killed} processes of an earlier agent of this node were still there: killed")
+        agent.links.note(
+            f"{killed} processes of an earlier agent of this node were still there: killed"
+        )
     return agent.run()

@@ -72,7 +72,6 @@ class Job:
 
     def choose_start(self, zygote: ZygoteLink | None) -> ZygoteLink | None:
         """Decide warm or cold, and return the zygote to use: this one, another, or none."""
-        early = None
         if self.raw["entry"] == "command":
             self.cold = "a command is no Python script that could be forked (--no-python)"
         elif not self.raw["warm"]:
@@ -80,8 +79,6 @@ class Job:
         elif early := rank_env.script_sets_early(self.raw, self.cwd):
             self.cold = f"the script sets {early} before it imports torch"
         if self.cold is not None:
-            if zygote is not None:
-                zygote.close()
             return None
         wanted = dict(os.environ)
         if self.raw["nproc_per_node"] > 1:
@@ -90,8 +87,6 @@ class Job:
         needed = rank_env.load_time(wanted)
         if zygote is not None and rank_env.load_time(zygote.environment) == needed:
             return zygote
-        if zygote is not None:
-            zygote.close()
         kept = {name: value for name, value in os.environ.items() if name not in needed}
         return zygote_link.start(kept | needed)
 

@@ -23,9 +23,9 @@ class Witnesses:
     def begin(
         self, peers: Iterable[tuple[str, str, int]], run: str, token: str, now_s: float
     ) -> list[Link]:
-        """Drop the last round and dial anew. Returns the links to watch."""
-        self.close()
+        """Forget the last round and dial anew. Returns the links to watch."""
         self.begun_s = now_s
+        self._asked.clear()
         self._alive.clear()
         for node, host, port in peers:
             link = Link.dialling(host, port, token)
@@ -34,17 +34,14 @@ class Witnesses:
         return [link for link in self._asked if link.broken is None]
 
     def heard(self, link: Link, message: dict[str, Any], attempt: str) -> None:
-        if message["kind"] == "welcome" and message.get("attempt") == attempt:
-            self._alive.add(self._asked[link])
+        asked = self._asked.get(link)  # None: of an earlier round
+        if asked and message["kind"] == "welcome" and message.get("attempt") == attempt:
+            self._alive.add(asked)
 
-    def owns(self, link: Link) -> bool:
-        return link in self._asked
+    @property
+    def asked(self) -> list[Link]:
+        return list(self._asked)
 
     @property
     def alive(self) -> int:
         return len(self._alive)
-
-    def close(self) -> None:
-        for link in self._asked:
-            link.close()
-        self._asked.clear()

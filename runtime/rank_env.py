@@ -9,6 +9,7 @@ can only be honoured by a fresh process: `sets_early` finds that by reading the 
 from __future__ import annotations
 
 import ast
+import json
 import os
 import re
 from collections.abc import Mapping
@@ -48,7 +49,7 @@ def common(
     env.update(spec["env"])
     env.update(secrets)
     counter = int(launch["attempt"].partition(".")[2])
-    restore = launch.get("restore")
+    restore = launch["restore"]
     every = spec.get("save_every_steps")
     env.update(
         LOCAL_WORLD_SIZE=str(nproc),
@@ -65,7 +66,7 @@ def common(
         TORCHELASTIC_USE_AGENT_STORE=str(agent_store),
         PERDURE_ATTEMPT=launch["attempt"],
         PERDURE_STORE=spec["store"],
-        PERDURE_RESTORE=_json(restore) if restore else "",
+        PERDURE_RESTORE=json.dumps(restore) if restore else "",
         PERDURE_UPLOADER=uploader,
         PERDURE_SAVE_EVERY=str(every) if every else "",
     )
@@ -100,8 +101,10 @@ def sets_early(source: bytes) -> str | None:
         tree = ast.parse(source)
     except (SyntaxError, ValueError):
         return None  # the rank will say it better
+    imports = (ast.Import, ast.ImportFrom)
     first_torch = min(
-        (node.lineno for node in ast.walk(tree) if _imports_torch(node)), default=1 << 30
+        (n.lineno for n in ast.walk(tree) if isinstance(n, imports) and _imports_torch(n)),
+        default=1 << 30,
     )
     found = [
         (node.lineno, name)
@@ -124,10 +127,10 @@ def script_sets_early(spec: Mapping[str, Any], cwd: str) -> str | None:
         return None
 
 
-def _imports_torch(node: ast.AST) -> bool:
+def _imports_torch(node: ast.Import | ast.ImportFrom) -> bool:
     if isinstance(node, ast.Import):
         return any(alias.name.partition(".")[0] == "torch" for alias in node.names)
-    return isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "torch"
+    return (node.module or "").partition(".")[0] == "torch"
 
 
 def _sets(node: ast.Assign | ast.AugAssign | ast.Call) -> list[str]:
@@ -154,9 +157,3 @@ def _sets(node: ast.Assign | ast.AugAssign | ast.Call) -> list[str]:
 
 def _literal(node: ast.expr) -> list[str]:
     return [node.value] if isinstance(node, ast.Constant) and isinstance(node.value, str) else []
-
-
-def _json(value: object) -> str:
-    import json
-
-    return json.dumps(value)

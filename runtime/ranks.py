@@ -147,6 +147,11 @@ class Gang:
         return rank.report
 
     @property
+    def member(self) -> tuple[str, int, int, int]:
+        """This node's part: (node, group_rank, first_rank, nproc)."""
+        return next(tuple(part) for part in self.launch["members"] if part[0] == self.node)
+
+    @property
     def living(self) -> list[Rank]:
         return [rank for rank in self.ranks if rank.alive]
 

@@ -160,7 +160,7 @@ def _store(wanted: dict[str, Any], fd: int, agent: int, middle: int) -> NoReturn
         proc.place_fds({0: 0, 1: 2, 2: 2, 3: fd})
         proc.set_name("perdure-store")
         proc.set_command_line(["perdure-store", f"{wanted['host']}:{wanted['port']}"])
-        from torch.distributed import TCPStore
+        from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
         store = TCPStore(
             wanted["host"],

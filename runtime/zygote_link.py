@@ -8,6 +8,7 @@ its own configuration); one with other load-time variables is started as a progr
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -66,7 +67,8 @@ class ZygoteLink:
     def close(self) -> None:
         """End it. Its ranks are the agent's children and live on."""
         self._sock.close()
-        os.kill(self.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
 
 
 def fork() -> tuple[ZygoteLink | None, Callable[[], None] | None]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 import os
+import queue
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 import uuid
@@ -20,6 +22,7 @@ import pytest
 from perdure.launchers.ray_nodes import LocalRay
 from perdure.runtime import sweep
 from perdure.runtime.agent_start import StartedAgent, start_agent
+from perdure.runtime.errors import WireError
 from perdure.runtime.spec import JobSpec, Timers
 from perdure.runtime.wire import Peer, dial
 
@@ -45,36 +48,61 @@ def nothing_is_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 class Controller:
-    """A controller's part of the wire, for tests of an agent: acknowledges beats, awaits answers."""
+    """A controller's part of the wire, for tests of an agent.
+
+    A thread acknowledges beats, as a driver would whatever else it does; messages wait in a queue.
+    """
 
     def __init__(self, agent: StartedAgent, term: int = 1) -> None:
         self.agent, self.term = agent, term
         self.acks, self.port = True, 0
         self.heard: list[dict[str, Any]] = []
-        self.peer: Peer = dial(agent.host, agent.port, agent.token, 5.0)
-        self.peer.send({"kind": "hello", "run": "agent-test", "term": term})
+        self._queue: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._closed = threading.Event()
+        self._peer: Peer = dial(agent.host, agent.port, agent.token, 5.0)
+        self._thread = threading.Thread(target=self._listen, daemon=True)
+        self._thread.start()
+        self.send("hello", run="agent-test")
         self.welcome = self.until("welcome")
 
+    def _listen(self) -> None:
+        while not self._closed.wait(0.002):
+            try:
+                with self._lock:
+                    message = self._peer.receive(0.005)
+                    if message and message["kind"] == "beat" and self.acks:
+                        self._peer.send({"kind": "ack", "term": self.term, "seq": message["seq"]})
+            except WireError:
+                return
+            if message is not None:
+                self._queue.put(message)
+
     def send(self, kind: str, **fields: Any) -> None:
-        self.peer.send({"kind": kind, "term": self.term, **fields})
+        with self._lock:
+            self._peer.send({"kind": kind, "term": self.term, **fields})
+
+    def close(self) -> None:
+        self._closed.set()
+        self._thread.join()
+        self._peer.close()
 
     def until(
         self,
         kind: str,
         *,
-        within_s: float = 20.0,
+        within_s: float = 30.0,
         where: Callable[[dict[str, Any]], bool] = lambda _message: True,
     ) -> dict[str, Any]:
         """The next message of `kind` that fits; those in between are kept in `heard`."""
         end_s = time.monotonic() + within_s
         while (left_s := end_s - time.monotonic()) > 0:
-            message = self.peer.receive(left_s)
-            if message is None:
+            try:
+                message = self._queue.get(timeout=left_s)
+            except queue.Empty:
                 break
             self.heard.append(message)
             self.port = message.get("rendezvous_port", self.port)
-            if message["kind"] == "beat" and self.acks:
-                self.send("ack", seq=message["seq"])
             if message["kind"] == kind and where(message):
                 return message
         told = [(m["kind"], m.get("text") or m.get("why")) for m in self.heard[-12:]]
@@ -117,7 +145,7 @@ class Controller:
         self.launch(counter, **fields)
         return self.until("started")
 
-    def step(self, at_least: int = 1, within_s: float = 20.0) -> dict[str, Any]:
+    def step(self, at_least: int = 1, within_s: float = 30.0) -> dict[str, Any]:
         """A beat in which every rank has made that many steps."""
 
         def far(beat: dict[str, Any]) -> bool:
@@ -126,7 +154,7 @@ class Controller:
 
         return self.until("beat", where=far, within_s=within_s)
 
-    def exits(self, count: int, within_s: float = 20.0) -> dict[int, dict[str, Any]]:
+    def exits(self, count: int, within_s: float = 30.0) -> dict[int, dict[str, Any]]:
         reports: dict[int, dict[str, Any]] = {}
         while len(reports) < count:
             report = self.until("exited", within_s=within_s)["report"]
@@ -156,7 +184,7 @@ class Nodes:
 
     def end(self) -> None:
         for controller in self.controllers:
-            controller.peer.close()
+            controller.close()
         for agent in self.agents:
             agent.end_owner()
             if agent.process.poll() is None:
@@ -176,12 +204,12 @@ def nodes(tmp_path: Path) -> Iterator[Nodes]:
         made.end()
 
 
-FAST = Timers(beat_s=0.1, fence_s=0.6, takeover_s=0.8, orphan_grace_s=2.5)
+FAST = Timers(beat_s=0.2, fence_s=1.5, takeover_s=2.0, orphan_grace_s=6.0)
 
 
 @pytest.fixture
 def fast_timers() -> Timers:
-    """The lease's law in tenths of seconds."""
+    """The lease's law in seconds."""
     return FAST
 
 
