@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import queue
@@ -280,6 +281,9 @@ def ray_nodes() -> Iterator[LocalRay]:
     """Ray nodes of two processors: three for a gang and its spare, one for the test that kills one."""
     import ray
 
-    with LocalRay(4, cpus=2) as nodes:
+    with contextlib.ExitStack() as stack:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.delenv(LEAK_MARK, raising=False)  # it outlives the test that happens to need it
+            nodes = stack.enter_context(LocalRay(4, cpus=2))
         yield nodes
         ray.shutdown()

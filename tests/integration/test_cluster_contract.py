@@ -12,6 +12,7 @@ import pytest
 from perdure.launchers.cluster_local import LocalCluster, new_token
 from perdure.runtime import sweep
 from perdure.runtime.cluster import AgentEndpoint, Cluster, ClusterView
+from perdure.runtime.spec import JobSpec
 from perdure.runtime.wire import dial
 
 RUN = "contract"
@@ -19,19 +20,42 @@ NODES = 3
 PATIENCE_S = 60.0
 
 
-def make_local(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Cluster:
-    monkeypatch.setenv("PERDURE_HOME", str(tmp_path))
+def make_local(request: pytest.FixtureRequest) -> Cluster:
     return LocalCluster(RUN, slots=1, token=new_token(), owned=False, warm=False, nodes=NODES)
 
 
-MAKERS: dict[str, Callable[..., Any]] = {"local": make_local}
+def make_ray(request: pytest.FixtureRequest) -> Cluster:
+    import ray
+
+    from perdure.launchers.cluster_ray import RayCluster
+
+    nodes = request.getfixturevalue("ray_nodes")
+    if not ray.is_initialized():
+        ray.init(address=nodes.address, namespace="perdure", log_to_driver=False)
+    spec = JobSpec(
+        run=RUN,
+        entry="script",
+        argv=("train.py",),
+        cwd="/",
+        store="file:///unused",
+        nproc_per_node=2,  # all that a node has, so that a second agent would not fit
+        warm=False,
+    )
+    return RayCluster(spec)
+
+
+MAKERS: dict[str, Callable[[pytest.FixtureRequest], Cluster]] = {
+    "local": make_local,
+    "ray": make_ray,
+}
 
 
 @pytest.fixture(params=MAKERS)
 def cluster(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> Iterator[Cluster]:
-    made = MAKERS[request.param](monkeypatch, tmp_path)
+    monkeypatch.setenv("PERDURE_HOME", str(tmp_path))
+    made = MAKERS[request.param](request)
     yield made
     made.close()
     assert sweep.marked(**{sweep.RUN_MARK: RUN}) == []
@@ -92,7 +116,7 @@ def test_more_may_be_asked_for_and_those_that_are_up_stay(cluster: Cluster) -> N
     first = wait_for(cluster, up(1)).agents
     cluster.request(NODES, frozenset())
     assert set(first) <= set(wait_for(cluster, up(NODES)).agents)
-    cluster.request(NODES + 1, frozenset())
+    cluster.request(NODES + 9, frozenset())  # more than there are, whichever cluster it is
     assert wait_for(cluster, lambda view: bool(view.waiting_for)).waiting_for
 
 
