@@ -1,6 +1,6 @@
 """A small GPT that learns the source of Python's standard library, and can be killed at any moment.
 
-Copy this file to start a job of your own: everything perdure needs of a script is in `main`, eight
+Copy this file to start a job of your own: everything perdure needs of a script is in `train`, eight
 lines marked with `# perdure`. It runs the same under `perdure run`, `torchrun` and plain `python`.
 
 A resumed run follows the unbroken run bit by bit (on CPU; one thread, so that sums have one order):
@@ -77,7 +77,7 @@ class Corpus:
             seed,
         )
         self.windows = (len(text) - 1) // context
-        self.checksum = zlib.crc32(text)  # another Python has another library: see main
+        self.checksum = zlib.crc32(text)  # another Python has another library: see train
         self._epoch, self._order = -1, torch.empty(0)
 
     def samples(self, cursor: int, count: int) -> list[int]:
@@ -160,8 +160,7 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main() -> None:
-    args = parse()
+def train(args: argparse.Namespace) -> None:
     run = perdure.init(save_every=args.save_every, total_steps=args.steps)  # perdure
     device = join_the_gang(run.local_rank)
     share, uneven = divmod(args.batch, run.world_size)
@@ -218,6 +217,12 @@ def main() -> None:
             f"done: step {progress['step']}, loss {value:.4f}" if args.steps else "done", flush=True
         )
     checkpointer.close()  # perdure
+
+
+def main() -> None:
+    # In a function of its own, so that the DDP wrapper is gone before the group is: were the wrapper
+    # the group's last owner, gloo's thread and this one could wait for each other for ever.
+    train(parse())
     dist.destroy_process_group()
 
 
