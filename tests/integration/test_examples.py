@@ -50,13 +50,11 @@ def finish(job: Job, timeout_s: float = 100) -> None:
     assert code == 0, job.tail(100)
 
 
-@pytest.fixture(scope="module")
-def unbroken(tmp_path_factory: pytest.TempPathFactory) -> list[Line]:
+def unbroken_run(folder: Path, *options: str) -> list[Line]:
     """The run that nobody touches, two ranks."""
-    folder = tmp_path_factory.mktemp("unbroken")
     log = folder / "log"
-    options = ["--nproc-per-node", "2", "--store", folder.as_uri()]
-    with Job([perdure("run", *options, *TRAIN, "--losses", str(log))]) as job:
+    command = perdure("run", "--nproc-per-node", "2", "--store", folder.as_uri(), *TRAIN, *options)
+    with Job([[*command, "--losses", str(log)]]) as job:
         finish(job)
     lines = read(log)
     assert [line.step for line in lines] == list(range(1, STEPS + 1))
@@ -64,11 +62,26 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> list[Line]:
     return lines
 
 
-def test_a_run_with_two_kills_equals_the_unbroken_run(tmp_path: Path, unbroken: list[Line]) -> None:
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> list[Line]:
+    return unbroken_run(tmp_path_factory.mktemp("unbroken"))
+
+
+@pytest.fixture(scope="module")
+def unbroken_sharded(tmp_path_factory: pytest.TempPathFactory) -> list[Line]:
+    return unbroken_run(tmp_path_factory.mktemp("unbroken-sharded"), "--fsdp")
+
+
+@pytest.mark.parametrize("how", [(), ("--fsdp",)], ids=["ddp", "fsdp"])
+def test_a_run_with_two_kills_equals_the_unbroken_run(
+    tmp_path: Path, how: tuple[str, ...], request: pytest.FixtureRequest
+) -> None:
+    unbroken: list[Line] = request.getfixturevalue("unbroken_sharded" if how else "unbroken")
     log = tmp_path / "log"
     options = ["--nproc-per-node", "2", "--store", tmp_path.as_uri()]
     chance = random.Random(7)
-    with Job([perdure("run", *options, str(OBSERVED), *TRAIN, "--losses", str(log))]) as job:
+    script = [str(OBSERVED), *TRAIN, *how, "--losses", str(log)]
+    with Job([perdure("run", *options, *script)]) as job:
         for step in (chance.randint(8, 14), chance.randint(20, 28)):
             # by the log, not by the stamps: those count the steps of one process
             assert job.wait_for(
@@ -87,6 +100,9 @@ def test_a_run_with_two_kills_equals_the_unbroken_run(tmp_path: Path, unbroken: 
     for attempt in attempts[1:]:
         first = next(line.step for line in lines if line.attempt == attempt)
         assert first > 1 and first % 5 == 1, f"{attempt} went on from no checkpoint: step {first}"
+    right = {u.step: u.loss for u in unbroken}
+    wrong = [line for line in lines if line.loss != right[line.step]]
+    assert not wrong, f"not bit by bit, what a rollback undid included: {wrong}"
     kept = surviving(lines)
     assert [(line.step, line.loss) for line in kept] == [(u.step, u.loss) for u in unbroken]
     seen = [sample for line in kept for sample in line.samples]
@@ -107,25 +123,6 @@ def test_the_same_script_under_torchrun_and_plain_python(
     with Job([[sys.executable, *longer]]) as job:  # one process goes on where two had stopped
         finish(job)
     assert [line.step for line in read(log)] == list(range(STEPS + 1, STEPS + 6))
-
-
-def test_sharded_training_is_killed_and_goes_on(tmp_path: Path) -> None:
-    log = tmp_path / "log"
-    options = ["--nproc-per-node", "2", "--store", tmp_path.as_uri()]
-    command = perdure("run", *options, str(OBSERVED), *TRAIN, "--losses", str(log), "--fsdp")
-    with Job([command]) as job:
-        assert job.wait_for("step 12", lambda: log.exists() and read(log)[-1].step >= 12, 60)
-        old = job.pids(2)
-        kill_rank(job.stamps(1)[-1])
-        assert job.next_step_ns(2, old=old, timeout_s=60) is not None, job.tail()
-        finish(job)
-    lines = read(log)
-    again = [line for line in lines if line.attempt != lines[0].attempt]
-    assert again and again[0].step > 1
-    before = {line.step: line.loss for line in lines if line.attempt == lines[0].attempt}
-    twice = [line for line in again if line.step in before]
-    assert all(line.loss == before[line.step] for line in twice), "FSDP2: not bit by bit"
-    assert surviving(lines)[-1].step == STEPS
 
 
 @pytest.mark.parametrize("seed", range(5))
