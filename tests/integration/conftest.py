@@ -276,7 +276,7 @@ def s3() -> Iterator[S3Server]:
             server.wait()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def ray_nodes() -> Iterator[LocalRay]:
     """Ray nodes of two processors: three for a gang and its spare, one for the test that kills one."""
     import ray
