@@ -31,6 +31,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         # `perdure events RUN | head`: who reads has seen enough. Nothing may be flushed at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except Exception as error:
+        from perdure.checkpoint.errors import CheckpointError  # its own tree: no runtime there
+
+        if not isinstance(error, CheckpointError):
+            raise
+        _complain(words, str(error), error.hint, UsageError.exit_code)
+        return UsageError.exit_code
 
 
 def _run(words: list[str]) -> int:

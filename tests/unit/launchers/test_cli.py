@@ -7,7 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from perdure.checkpoint.errors import FormatError
+from perdure.launchers import commands_run
 from perdure.launchers.cli import main
+from perdure.launchers.options import Given
+from perdure.runtime import journal
 
 
 @pytest.fixture(autouse=True)
@@ -71,3 +75,35 @@ def test_no_runs_yet(capsys: pytest.CaptureFixture[str]) -> None:
     assert "no run was started" in capsys.readouterr().out
     assert main(["status", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"runs": []}
+
+
+def test_a_journal_that_was_altered_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = {"kind": "note", "at": 1.0, "text": "x"}
+    whole = journal.seal([line])
+    (tmp_path / "r" / "journal").mkdir(parents=True)
+    (tmp_path / "r" / "spec.json").write_text("{}")
+    segment = tmp_path / "r" / "journal" / "000001-000000001.jsonl"
+    segment.write_bytes(whole)
+    url = f"file://{tmp_path}/r"
+    assert main(["events", url]) == 0
+    assert capsys.readouterr().out.rstrip().endswith("  x")
+    for damaged in (whole[:-9], whole.replace(b'"x"', b'"y"')):
+        segment.write_bytes(damaged)
+        for command in ("status", "why", "events"):
+            assert main([command, url]) == 2
+            assert "journal/000001-000000001.jsonl: it was" in capsys.readouterr().err
+    assert main(["resume", url]) == 2
+    assert "the spec cannot be read" in capsys.readouterr().err
+
+
+def test_what_the_checkpoint_folder_refuses_is_a_message_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(given: Given) -> int:
+        raise FormatError("manifest.json is cut short")
+
+    monkeypatch.setitem(commands_run.RUNNERS, "run", refuse)
+    assert main(["run", "x.py"]) == 2
+    assert "perdure: manifest.json is cut short" in capsys.readouterr().err
