@@ -30,9 +30,9 @@ def check(spec: JobSpec, state: CoreState, commands: list[Command]) -> None:
 
 
 def _check_stop(state: CoreState, stop: StopGang, commands: list[Command]) -> None:
-    """A stop ends the newest attempt at most, and never the one that is launched beside it."""
+    """A stop ends what was launched before it, and never the one that is launched beside it."""
     launched = any(isinstance(c, LaunchGang) and c.attempt <= stop.attempt for c in commands)
-    if state.attempt is None or stop.attempt > state.attempt or launched:
+    if stop.attempt > (state.term, state.counter) or launched:
         _broken(f"a stop of {stop.attempt} while {state.attempt} is the newest")
 
 

@@ -64,10 +64,12 @@ class Moves:
             back = sorted(n for n in s.away if n in s.offered and n not in s.excluded)
             if back:
                 s.away.difference_update(back)
+                # All up to now in this term: an earlier controller may have launched what we never knew.
+                upto = Attempt(s.term, s.counter)
                 for node in back:
-                    s.cleaning[node] = (s.now_s + self.answer_s, s.attempt)
+                    s.cleaning[node] = (s.now_s + self.answer_s, upto)
                 why = "these nodes were lost and came back: nothing old may run on them"
-                self._say_stop(s.attempt, tuple(back), 0.0, why)
+                self._say_stop(upto, tuple(back), 0.0, why)
         if s.phase == "waiting" and s.had_commit and not s.line:
             why = (
                 f"no checkpoint that is known here can be restored any more; the last: {s.because}."

@@ -87,6 +87,8 @@ def _learn_nodes(core: Moves, answers: dict[str, AgentAnswer], over: bool) -> No
     members = {m.node for m in s.members}
     known = members | s.offered.keys() | s.cleaning.keys() | s.stopping
     s.away |= (known - answers.keys()) if s.attempt is not None else set()
+    # Who is silent to us may have had the ear of a controller that died before it could write it down.
+    s.silent = {n: last if n in answers else s.now_s for n, last in s.silent.items()}
     s.cleaning = {}
     s.stopping = set()
     slots = core.spec.nproc_per_node

@@ -14,7 +14,8 @@ from perdure.runtime.core.events import Attempt, RestorePoint
 from perdure.runtime.spec import JobSpec
 
 if TYPE_CHECKING:
-    from perdure.runtime.simulate.world import Node, World
+    from perdure.runtime.simulate.parts import Node
+    from perdure.runtime.simulate.world import World
 
 
 class Violation(AssertionError):

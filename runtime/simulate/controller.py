@@ -33,7 +33,8 @@ from perdure.runtime.core.events import (
     TookOver,
 )
 from perdure.runtime.core.state import CoreState
-from perdure.runtime.simulate.world import Node, World
+from perdure.runtime.simulate.parts import Node
+from perdure.runtime.simulate.world import World
 
 
 class Controller:

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 from perdure.runtime.core.events import SaveAsked, StopAsked
 from perdure.runtime.simulate.controller import Controller
-from perdure.runtime.simulate.world import Gang, Node, World
+from perdure.runtime.simulate.parts import Gang, Node
+from perdure.runtime.simulate.world import World
 
 
 @dataclass(slots=True)

@@ -14,7 +14,8 @@ from perdure.runtime.core.commands import Command
 from perdure.runtime.simulate.checks import Violation
 from perdure.runtime.simulate.controller import Controller
 from perdure.runtime.simulate.faults import KINDS, Faults
-from perdure.runtime.simulate.world import Script, World
+from perdure.runtime.simulate.parts import Script
+from perdure.runtime.simulate.world import World
 from perdure.runtime.spec import Budget, JobSpec, Timers
 
 
