@@ -46,7 +46,7 @@ def kill_to_next_step(peer: str, seed: int) -> float | None:
             )
             if not enough:
                 raise RuntimeError(f"no step {at_step} within 120 s:\n{job.tail()}")
-            used = sorted({job.stamps(rank)[-1].node.split("/")[-1] for rank in range(2)})
+            used = sorted({job.stamps(rank)[-1].node.split("/")[1] for rank in range(2)})
             if len(used) != 2:
                 raise RuntimeError(f"the two ranks share a node: {used}")
             victim = chance.choice([name for name in used if name != ray.names[0]])
