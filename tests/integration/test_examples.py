@@ -19,6 +19,8 @@ import pytest
 from perdure.benchmarks import soak
 from perdure.benchmarks.common import GPT, OBSERVED, Job, kill_rank, perdure, torchrun
 
+pytestmark = pytest.mark.timeout(300)  # generous: a busy machine is no failure
+
 STEPS, BATCH = 40, 8
 TRAIN = [str(GPT), "--steps", str(STEPS), "--batch", str(BATCH), "--save-every", "5"]
 
