@@ -95,37 +95,21 @@ def start_agent(
     `console`, words of warden and agent go to `log_path`, by default <state_dir>/agent.log.
     """
     Path(state_dir).mkdir(parents=True, exist_ok=True, mode=0o700)
-    environment = {
-        k: v for k, v in (env or dict(os.environ)).items() if not k.startswith("PERDURE_")
-    }
-    environment |= {
-        sweep.RUN_MARK: run,
-        sweep.NODE_MARK: node,
-        sweep.AGENT_MARK: uuid.uuid4().hex[:12],
-    }
-    if (
-        slots > 1
-    ):  # as torchrun does; read when libgomp is loaded, hence set before the zygote starts
-        environment.setdefault("OMP_NUM_THREADS", "1")
     owner_read, owner_write = os.pipe() if owned else (None, None)
     shown = [os.dup(number) for number in (0, 1, 2)] if console else []
-    errors: int | None = None
-    if not console:
-        path = log_path or str(Path(state_dir, "agent.log"))
-        errors = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    errors = None if console else _log(log_path or str(Path(state_dir, "agent.log")))
+    passed = [*shown, *([] if owner_read is None else [owner_read])]
     process = subprocess.Popen(
         agent_argv(warm=warm, owner_fd=owner_read),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=errors,
-        env=environment,
-        pass_fds=[*([] if owner_read is None else [owner_read]), *shown],
+        env=_environment(env or dict(os.environ), run, node, slots),
+        pass_fds=passed,
         start_new_session=True,
     )
-    for fd in (*shown, *([] if errors is None else [errors])):
+    for fd in (*passed, *([] if errors is None else [errors])):
         os.close(fd)
-    if owner_read is not None:
-        os.close(owner_read)
     config = {
         "run": run,
         "token": token,
@@ -140,3 +124,19 @@ def start_agent(
     with process.stdin as stdin:
         stdin.write(json.dumps(config).encode())
     return StartedAgent(process, node, host, slots, token, owner_write)
+
+
+def _environment(env: dict[str, str], run: str, node: str, slots: int) -> dict[str, str]:
+    marked = {k: v for k, v in env.items() if not k.startswith("PERDURE_")}
+    marked[sweep.RUN_MARK] = run
+    marked[sweep.NODE_MARK] = node
+    marked[sweep.AGENT_MARK] = uuid.uuid4().hex[:12]
+    if (
+        slots > 1
+    ):  # as torchrun does; read when libgomp is loaded, hence set before the zygote starts
+        marked.setdefault("OMP_NUM_THREADS", "1")
+    return marked
+
+
+def _log(path: str) -> int:
+    return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)

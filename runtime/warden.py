@@ -53,9 +53,9 @@ def _agent(warm: bool, warden: int) -> Callable[[], None]:
     link, rank = zygote_link.fork() if warm else (None, None)
     if rank is not None:
         return rank
-    from perdure.runtime import agent
+    from perdure.runtime.agent import main as serve
 
-    sys.exit(agent.main(link))
+    sys.exit(serve(link))
 
 
 def _watch(agent: int, owner_fd: int | None) -> int:
