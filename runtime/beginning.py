@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from perdure.checkpoint.store import Store
 from perdure.runtime.core.events import AgentAnswer, Attempt, Event, Started, TookOver
-from perdure.runtime.errors import StoreProblem
+from perdure.runtime.errors import RunProblem, StoreProblem
 from perdure.runtime.fleet import Fleet
 from perdure.runtime.opening import Line, Opening, read_line
 from perdure.runtime.performer import Performer
@@ -44,7 +44,14 @@ class Beginning:
                 self._line = result
                 for note in result.notes:
                     self._say("", note)
-            elif self._opening.state is None or not isinstance(result, StoreProblem):
+            elif (state := self._opening.state) is None:
+                self.failure = result
+            elif isinstance(result, RunProblem) and state.had_commit:
+                # Nothing to restore is no reason to end ranks that train. The core knows that there
+                # was a commit: should they end, it does not start from nothing.
+                self._say("", str(result))
+                self._line = Line(points=(), counter=state.counter)
+            elif not isinstance(result, StoreProblem):
                 self.failure = result
             else:  # ranks may be training, and may go on without a store for a while
                 self._say("", f"the store cannot be read, trying again: {result}")

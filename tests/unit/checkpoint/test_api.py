@@ -88,6 +88,14 @@ def test_rank_zero_decides_for_the_newest_good_commit_on_the_line(node: Any) -> 
     assert read_history(store).newest_attempt == again["attempt"]
 
 
+def test_rank_zero_does_not_start_from_nothing_where_all_commits_are_damaged(node: Any) -> None:
+    node.save(1, [{"w": torch.ones(1)}], attempt="1.1")
+    mark_bad(node.store, Point(1, "1.1"), "a test")
+    with pytest.raises(StateError, match="is marked bad: a test"):
+        meeting.decide(node.store, restore=True, step=None)
+    assert read_history(node.store).newest_attempt == "1.1", "no attempt was taken for it"
+
+
 def test_an_answer_to_yesterdays_question_is_not_taken_for_todays() -> None:
     store = open_store("memory://meeting")
     store.put("checkpoints/meet/place/answer-0123", b'{"attempt": "1.1", "restore": null}')

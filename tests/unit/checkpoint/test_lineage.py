@@ -31,6 +31,7 @@ from perdure.checkpoint.lineage import (
     open_attempt,
     read_history,
     refuse_second_save,
+    restorable,
     take_attempt,
     try_commit,
 )
@@ -372,6 +373,23 @@ def test_unreadable_records_are_named_and_do_not_hide_the_others(store: Store) -
         "checkpoints/commits/000000000050-1.2.json",
     ]
     assert line(seen) == []  # a mark that cannot be read still marks
+
+
+def test_a_line_that_damage_has_emptied_is_an_error_and_no_new_run(store: Store) -> None:
+    assert restorable(read_history(store)) == [], "a run that has not committed yet"
+    commit = try_commit(store, saved(store))
+    assert commit
+    assert restorable(read_history(store)) == [commit]
+    altered(store, keys.commit_key(commit.point), "a flipped bit")
+    with pytest.raises(StateError, match="000000000040-1.2.json"):
+        restorable(read_history(store))
+
+
+def test_a_line_of_bad_commits_is_an_error_unless_a_newer_attempt_began_anew() -> None:
+    bad = (Point(10, "1.1"),)
+    with pytest.raises(StateError, match="step 10 .*is marked bad: test"):
+        restorable(history(("1.1", None, (10,)), bad=bad))
+    assert restorable(history(("1.1", None, (10,)), ("1.2", None, ()), bad=bad)) == []
 
 
 def test_keys_name_what_they_hold() -> None:

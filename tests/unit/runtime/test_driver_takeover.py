@@ -72,6 +72,39 @@ def test_a_controller_that_died_before_its_first_words_is_followed_all_the_same(
     assert "launch" not in agent.kinds() and "stop" not in agent.kinds()
 
 
+@pytest.mark.parametrize("then", ["they go on", "one ends"])
+def test_damaged_checkpoints_do_not_end_a_gang_that_trains_and_never_start_one_from_nothing(
+    make_world: Any, then: str
+) -> None:
+    world = make_world()
+    (agent,) = world.agents
+
+    class Killed(Exception):
+        pass
+
+    def die(status: Any, lines: Any) -> None:
+        if status["phase"] == "running" and status["checkpoint"] is None:
+            agent.say(kind="committed", attempt=agent.attempt, step=4, tier="store")
+        elif status["checkpoint"] and world.driver._journal.clean:
+            raise Killed
+
+    with pytest.raises(Killed):
+        world.make(die).run()
+    world.store.put(f"checkpoints/commits/000000000004-{agent.attempt}.json", b'{"cut sho')
+    agent.heard.clear()
+
+    def script() -> Script:
+        yield lambda status, lines: "took_over" in world.kinds()
+        if then == "they go on":
+            agent.all_exit(exit_code=0)
+        else:
+            agent.exited(0, signal=9)
+
+    assert world.run(script()) == (0 if then == "they go on" else 2)
+    assert "launch" not in agent.kinds()
+    assert any("can be restored" in line.get("text", "") for line in world.lines)
+
+
 def test_a_snapshot_from_before_the_launch_does_not_hide_the_gang(
     make_world: Any, until: Any
 ) -> None:
