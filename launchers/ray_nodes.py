@@ -30,7 +30,7 @@ MARK = "LOCAL_RAY_NODE"  # not PERDURE_* nor RAY_*: those do not reach the ranks
 
 # Ray's default puts its workers, and so the ranks, at nice 15: below everything else on the host.
 _ENV = {"RAY_worker_niceness": "0", "RAY_USAGE_STATS_ENABLED": "0"}
-_RAY = (sys.executable, "-m", "ray.scripts.scripts")
+_RAY = ("-m", "ray.scripts.scripts")
 _HEAD = ("--head", "--include-dashboard=false")
 _OBJECT_STORE_BYTES = 80_000_000  # Ray's own least is 75 MB; nothing of ours goes through it
 
@@ -39,12 +39,13 @@ class LocalRay:
     """A Ray cluster of several nodes on this machine, for as long as the `with` block lasts.
 
     `address` is what `--cluster` takes. The first node is the head: its death ends the cluster.
+    `python` is what Ray's workers run in: that of this process, if none is given.
     """
 
-    def __init__(self, nodes: int, cpus: int) -> None:
+    def __init__(self, nodes: int, cpus: int, *, python: str = sys.executable) -> None:
         self.names: tuple[str, ...] = ()
         self.address = ""
-        self._nodes, self._cpus = nodes, cpus
+        self._nodes, self._cpus, self._python = nodes, cpus, python
         self._id = uuid.uuid4().hex[:12]
         self._temp = ""
         self._sessions: dict[str, int] = {}
@@ -96,6 +97,7 @@ class LocalRay:
 
     def _begin(self, name: str, *options: str) -> subprocess.Popen[str]:
         started = _ray_start(
+            self._python,
             {MARK: f"{self._id}/{name}/"},
             *options,
             f"--node-name={name}",
@@ -112,13 +114,13 @@ def start_here() -> str:
 
     Raises NoPlace when Ray cannot be started.
     """
-    _finish(_ray_start({}, *_HEAD))
+    _finish(_ray_start(sys.executable, {}, *_HEAD))
     return Path("/tmp/ray/ray_current_cluster").read_text().strip()
 
 
-def _ray_start(env: dict[str, str], *options: str) -> subprocess.Popen[str]:
+def _ray_start(python: str, env: dict[str, str], *options: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        (*_RAY, "start", *options, "--disable-usage-stats"),
+        (python, *_RAY, "start", *options, "--disable-usage-stats"),
         env={**os.environ, **_ENV, **env},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,

@@ -6,6 +6,8 @@ import contextlib
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -38,12 +40,16 @@ for step in range(1, int(sys.argv[2]) + 1):
     optimizer.step()
     row = {"at": time.time(), "step": step, "pid": os.getpid(),
            "attempt": os.environ["PERDURE_ATTEMPT"], "nice": os.nice(0),
+           "secret": os.environ["DEMO_SECRET"][:6],
            "ray": [k for k in os.environ if k.startswith("RAY_")]}
     out.write(json.dumps(row) + chr(10))
     time.sleep(0.02)
 dist.barrier()
 dist.destroy_process_group()
 """
+
+
+SECRET = "sesame-2f6b1c"
 
 
 class Job:
@@ -64,8 +70,9 @@ class Job:
             nproc_per_node=2,
             spares=spares,
             code="none",
+            secret_env=("DEMO_SECRET",),
         )
-        self.record: RunRecord = submit_ray(self.spec, {}, nodes.address)
+        self.record: RunRecord = submit_ray(self.spec, {"DEMO_SECRET": SECRET}, nodes.address)
 
     def rows(self, rank: int = 0) -> list[dict[str, Any]]:
         file = self.folder / "out" / f"{rank}.jsonl"
@@ -206,4 +213,38 @@ def test_a_controller_killed_in_a_recovery_finishes_it(start: Callable[..., Job]
     os.kill(controller, signal.SIGKILL)  # before or after it decided: both must end well
     status = job.finish()
     assert status["exit_code"] == 0, status
-    assert job.rows(3)[-1]["step"] == 300 and job.rows(3)[-1]["pid"] != rank["pid"]
+    last = job.rows(3)[-1]
+    assert last["step"] == 300 and last["pid"] != rank["pid"]
+    assert last["secret"] == SECRET[:6], "the new controller has it from the agents"
+    stored = [f for f in (job.folder / "store").rglob("*") if f.is_file()]
+    assert stored and not [f for f in stored if SECRET.encode() in f.read_bytes()]
+
+
+def test_nodes_without_perdure_are_sent_a_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PERDURE_HOME", str(tmp_path / "home"))
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
+    (packages,) = (tmp_path / "venv").glob("lib/python*/site-packages")
+    # All that is installed here, but for what .pth files add: the editable perdure.
+    (packages / "others.pth").write_text(str(Path(pytest.__file__).parents[1]))
+    script = tmp_path / "train.py"
+    script.write_text("import sys, perdure\nopen(sys.argv[1], 'w').write(perdure.__file__)\n")
+    said: list[str] = []
+    ray.shutdown()  # of the cluster of the other tests
+    with LocalRay(1, cpus=1, python=str(tmp_path / "venv/bin/python")) as nodes:
+        spec = JobSpec(
+            run="sent-along",
+            entry="script",
+            argv=(str(script), str(tmp_path / "where")),
+            cwd=str(tmp_path),
+            store=(tmp_path / "store/sent-along").as_uri(),
+            code="none",
+        )
+        record = submit_ray(spec, {}, nodes.address, say=said.append)
+        with connect_ray(record) as client:
+            status = next(s for s, _ in client.watch() if s["phase"] == "finished")
+        assert status["exit_code"] == 0, status
+        assert "its code is sent along" in said[0]
+        assert "py_modules" in (tmp_path / "where").read_text()
+        ray.shutdown()
