@@ -21,7 +21,7 @@ from perdure.benchmarks.common import GPT, OBSERVED, Job, kill_rank, perdure, to
 
 pytestmark = pytest.mark.timeout(300)  # generous: a busy machine is no failure
 
-STEPS, BATCH = 40, 8
+STEPS, BATCH = 60, 8
 TRAIN = [str(GPT), "--steps", str(STEPS), "--batch", str(BATCH), "--save-every", "5"]
 
 
@@ -85,12 +85,14 @@ def test_a_run_with_two_kills_equals_the_unbroken_run(
     script = [str(OBSERVED), *TRAIN, *how, "--losses", str(log)]
     with Job([perdure("run", *options, *script)]) as job:
         for step in (chance.randint(8, 14), chance.randint(20, 28)):
-            # by the log, not by the stamps: those count the steps of one process
-            assert job.wait_for(
-                f"step {step}",
-                lambda step=step: log.exists() and read(log)[-1].step >= step,  # type: ignore[misc]
-                60,
-            ), job.tail()
+
+            def reached(step: int = step) -> bool:
+                """By the log: stamps count the steps of one process. And there is a way back."""
+                lines = read(log) if log.exists() else []
+                committed = any(tmp_path.glob("*/checkpoints/commits/*.json"))
+                return committed and bool(lines) and lines[-1].step >= step
+
+            assert job.wait_for(f"step {step} and a commit", reached, 60), job.tail()
             old = job.pids(2)
             kill_rank(job.stamps(chance.randrange(2))[-1])
             assert job.next_step_ns(2, old=old, timeout_s=60) is not None, job.tail()
