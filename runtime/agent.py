@@ -41,6 +41,7 @@ from perdure.runtime.zygote_link import ZygoteLink
 LEAVE_GRACE_S = 1.5  # SIGTERM to SIGKILL for ranks when the owner is gone
 LEAVE_S = 3.0  # ... and this long for staged saves, in all: the warden waits 4
 SHUTDOWN_S = 30.0  # for staged saves when a controller says that the job is over
+FORK_S = 15.0  # a zygote that has not answered by then, of a gang that is to end, is given up
 _SWEEP_POLL_S = 0.003  # while something of a gang is dying
 
 
@@ -115,15 +116,20 @@ class Agent:
             self.pulse.beat_if_due(now_s)
             if self._left(now_s):
                 return 0
-            for key, _events in self._selector.select(self._sleep_s()):
-                key.data()
+            ready = self._selector.select(self._sleep_s())
+            # Before any message: had we been frozen in that wait, what came meanwhile revives nobody.
+            self.pulse.check_lease(time.monotonic())
+            for key, _events in ready:
+                if key.fd in self._selector.get_map():  # an earlier handler may have closed it
+                    key.data()
 
     def _sleep_s(self) -> float:
         now_s = time.monotonic()
         due = [self.pulse.due_s()]
         if self.gang is not None and self.gang.ending:
             dying = self.end_at_s is None or now_s >= self.end_at_s or not self.gang.living
-            due.append(now_s + _SWEEP_POLL_S if dying else self.end_at_s or now_s)
+            poll_s = 0.1 if self.gang.forking else _SWEEP_POLL_S
+            due.append(now_s + poll_s if dying else self.end_at_s or now_s)
         if self.leave_by_s is not None:
             due.append(now_s + 0.01)
         if self._console_more:
@@ -211,7 +217,11 @@ class Agent:
 
     def _advance_end(self, now_s: float) -> None:
         gang = self.gang
-        if gang is None or not gang.ending or gang.forking:
+        if gang is None or not gang.ending:
+            return
+        if gang.forking:  # its pids are not known yet: the answer ends this, or the zygote's end
+            if self.zygote is not None and now_s > (self.end_at_s or now_s) + FORK_S:
+                sweep.kill([self.zygote.pid])
             return
         if gang.living and self.end_at_s is not None and now_s < self.end_at_s:
             return

@@ -105,7 +105,7 @@ class Pulse:
         return self.next_beat_s if self._agent.gang.fenced else min(deadline, self.next_beat_s)
 
     def check_lease(self, now_s: float) -> None:
-        """Before any message of this turn is read: a late acknowledgement revives nobody."""
+        """End ranks whose lease ran out; ask witnesses when the controller is late; or leave."""
         agent, lease = self._agent, self.lease
         gang = agent.gang
         if gang is not None and not gang.fenced and not lease.holds(now_s):
@@ -118,7 +118,7 @@ class Pulse:
             agent.begin_end(0.0)
         elif gang is not None and gang.started and lease.wants_witnesses(now_s):
             self._ask_witnesses(now_s)
-        if lease.abandoned(now_s, self._born_s):
+        if agent.leave_by_s is None and lease.abandoned(now_s, self._born_s):
             agent.links.note("no controller for too long: this agent leaves")
             agent.leave(grace_s=0.0)
 
