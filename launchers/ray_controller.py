@@ -41,7 +41,8 @@ from perdure.runtime.wire import Link, Listener, dial
 INTAKE_S = 120.0  # how long a first incarnation waits for the credentials
 ASK_S = 5.0  # bound of asking one agent for them
 RETRY_S = 5.0  # between two tries of a later incarnation to go on
-LINGER_S = 5.0  # after the end, so that whoever watches hears of it
+LINGER_S = 1.0  # after the end, so that whoever watches hears of it; the journal has it anyway
+REFUSED_LINGER_S = 20.0  # after a refusal, of which only we can tell
 
 
 class Controller:
@@ -87,7 +88,7 @@ class Controller:
             secrets, store_env = self._credentials()
             while not self._run(secrets, store_env):
                 time.sleep(RETRY_S)
-            time.sleep(LINGER_S)
+            time.sleep(REFUSED_LINGER_S if "error" in self._where else LINGER_S)
             over = True
         finally:
             if not over:  # a fault of ours: the gang trains on, the next incarnation adopts it

@@ -16,18 +16,17 @@ from dataclasses import replace
 from typing import Any
 
 import ray
-from perdure.launchers.controller_client import ControllerClient
-from perdure.launchers.records import RunRecord
 from ray.exceptions import GetTimeoutError, RayError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import perdure
 from perdure.checkpoint import errors as checkpoint_errors
 from perdure.checkpoint.store import open_store
 from perdure.launchers import records
+from perdure.launchers.controller_client import ControllerClient
 from perdure.launchers.ray_agent import NAMESPACE, controller_name
 from perdure.launchers.ray_controller import Controller
 from perdure.launchers.ray_nodes import start_here
+from perdure.launchers.records import RunRecord
 from perdure.runtime import errors
 from perdure.runtime.errors import NoPlace, PerdureError, RunProblem, StoreProblem, WireError
 from perdure.runtime.opening import ResumeFrom, refuse_if_alive
@@ -37,6 +36,7 @@ from perdure.runtime.wire import dial
 ACTOR_S = 60.0  # from creating the controller to its first answer: Ray starts a worker for it
 LISTEN_S = 120.0  # ... to a driver that listens: it reads the run's folder first
 DIAL_S = 5.0
+HEAD = "node:__internal_head__"  # Ray's name for a resource that only the head has
 _STORE_VARIABLES = ("AWS_", "OBS_")
 
 
@@ -189,9 +189,11 @@ class _NotInstalled(NoPlace):
 
 
 def _create(spec: JobSpec, resume: ResumeFrom | None) -> Any:
-    """The controller's actor, near the control store if it can be: they die together anyway."""
-    nodes = ray.nodes()  # type: ignore[no-untyped-call]
-    head = next((n["NodeID"] for n in nodes if "node:__internal_head__" in n["Resources"]), None)
+    """The controller's actor, beside Ray's control store: the loss of that ends the cluster anyway,
+    and a controller on any other node would be missed for the 15 s that Ray needs to see it dead.
+
+    By the head's own resource: Ray does not hold a soft affinity of an actor without resources.
+    """
     options: dict[str, Any] = {
         "name": controller_name(spec.run),
         "namespace": NAMESPACE,
@@ -201,8 +203,8 @@ def _create(spec: JobSpec, resume: ResumeFrom | None) -> Any:
         "max_concurrency": 8,
         "num_cpus": 0,
     }
-    if head is not None:
-        options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(head, soft=True)
+    if HEAD in ray.cluster_resources():  # type: ignore[no-untyped-call]
+        options["resources"] = {HEAD: 0.001}
     back = None
     if resume is not None:
         back = {"step": resume.step, "takeover": resume.takeover}
