@@ -188,6 +188,7 @@ def train(args: argparse.Namespace) -> None:
         if progress["corpus"] != corpus.checksum:
             raise SystemExit("this Python's standard library is not the one the run began with")
 
+    said = "nothing was left to do"
     while progress["step"] < args.steps:
         samples = corpus.samples(progress["cursor"], args.batch)
         mine = samples[run.rank * share : (run.rank + 1) * share]
@@ -202,6 +203,7 @@ def train(args: argparse.Namespace) -> None:
         mean = loss.detach().clone()
         dist.all_reduce(mean)
         value = mean.item() / run.world_size
+        said = f"loss {value:.4f}"
         run.beat(step, loss=value)  # perdure: optional; tells the loss
         if args.losses and run.rank == 0:
             line = {"step": step, "loss": value.hex(), "samples": samples, "attempt": run.attempt}
@@ -213,9 +215,7 @@ def train(args: argparse.Namespace) -> None:
             if step == args.steps:
                 handle.wait()  # perdure: the last one is worth waiting for
     if run.rank == 0:
-        print(
-            f"done: step {progress['step']}, loss {value:.4f}" if args.steps else "done", flush=True
-        )
+        print(f"done: step {progress['step']}, {said}", flush=True)
     checkpointer.close()  # perdure
 
 
