@@ -202,8 +202,9 @@ class _SignalsStop:
 class Job:
     """A submitted job. Any number of them may speak of one run; none of them owns it."""
 
-    def __init__(self, record: RunRecord) -> None:
-        self._record = record
+    def __init__(self, record: RunRecord, *, after: str = "") -> None:
+        """`after`: the journal's last segment before this job was resumed: an older end is not ours."""
+        self._record, self._after = record, after
 
     @property
     def run(self) -> str:
@@ -242,9 +243,9 @@ class Job:
         """
         end_s = None if timeout_s is None else time.monotonic() + timeout_s
         while True:
-            finished = self._view().finished
-            if finished is not None:
-                return finished[0]
+            view = self._view()
+            if view.finished is not None and view.segments[-1] > self._after:
+                return view.finished[0]
             if end_s is not None and time.monotonic() > end_s:
                 raise TimeoutError(f"{self.run} has not ended after {timeout_s:g} s")
             try:
@@ -282,4 +283,6 @@ def submit(
         # Judged here, where somebody can be told that it takes a while.
         known_dead = is_known_dead(spec.run, spec.store)
         refuse_if_alive(open_run(spec.store), known_dead=known_dead, on_wait=resume.on_wait)
-    return Job(start(spec, dict(secrets or {}), resume=resume, nodes=nodes))
+    segments = journal.read(open_run(spec.store)).segments if resume is not None else ()
+    after = segments[-1] if segments else ""
+    return Job(start(spec, dict(secrets or {}), resume=resume, nodes=nodes), after=after)

@@ -8,6 +8,7 @@ fresh clusters: another URL, another home, nothing else in common.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -17,7 +18,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,10 @@ from perdure.benchmarks.common import GPT, free_port, perdure
 from perdure.checkpoint import lineage
 from perdure.checkpoint.manifest import Commit, Point, Receipt
 from perdure.checkpoint.store import open_store
+from perdure.launchers.job import submit
+from perdure.runtime.errors import WireError
+from perdure.runtime.opening import ResumeFrom
+from perdure.runtime.spec import JobSpec
 
 RANKS, STEPS, BATCH, EVERY = 4, 12, 8, 4
 TRAIN = ["--steps", str(STEPS), "--batch", str(BATCH), "--corpus-mb", "1", "--width", "96"]
@@ -207,6 +212,31 @@ def test_a_flipped_bit_that_one_rank_reads_sends_all_to_the_older_step(
     assert done.returncode == 0, done.stderr
     failed = place.events("restore_failed")
     assert failed and all(e["point"]["step"] == 12 and key in e["why"] for e in failed)
+    went_on_from(place, unbroken, step=8, marked=newest.point)
+
+
+def test_the_other_node_gives_the_newer_step_up_as_well(
+    tmp_path: Path, unbroken: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two nodes have an uploader each: the one whose ranks read good bytes is not told by its own."""
+    place = unbroken.copy(tmp_path / "place")
+    newest = place.commits()[0]
+    key, reader = damage_a_block_of_one_reader(place, newest)
+    for name in ("PERDURE_HOME", "WITNESS"):
+        monkeypatch.setenv(name, place.environment[name])
+    old = JobSpec.from_json((place.run / "spec.json").read_text())
+    spec = replace(old, store=place.url, nnodes=2, nproc_per_node=2)
+
+    job = submit(spec, resume=ResumeFrom(), nodes=2)
+    try:
+        assert job.wait(JOB_S) == 0
+    finally:
+        with contextlib.suppress(WireError):  # it has ended by itself
+            job.stop(at_once=True)
+
+    failed = place.events("restore_failed")
+    assert failed and all(key in e["why"] for e in failed)
+    assert {e["rank"] // 2 for e in failed} == {reader // 2}, "the other node read it too"
     went_on_from(place, unbroken, step=8, marked=newest.point)
 
 
