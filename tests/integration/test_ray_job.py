@@ -98,7 +98,7 @@ class Job:
     def training(self, step: int) -> None:
         self.wait_for(f"step {step}", lambda: any(r["step"] >= step for r in self.rows()))
 
-    def finish(self, timeout_s: float = 60.0) -> dict[str, Any]:
+    def finish(self, timeout_s: float = 110.0) -> dict[str, Any]:
         """The last status."""
         status: dict[str, Any] = {}
         end = time.monotonic() + timeout_s
