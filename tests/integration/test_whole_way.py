@@ -37,31 +37,7 @@ RANKS, STEPS, BATCH, EVERY = 4, 12, 8, 4
 TRAIN = ["--steps", str(STEPS), "--batch", str(BATCH), "--corpus-mb", "1", "--width", "96"]
 JOB_S = 120.0
 
-WITNESS = '''
-"""witness.py SCRIPT ARGS...: runs it, and writes what each restore of this rank gave."""
-import json, os, runpy, sys
-from perdure.checkpoint.api import Checkpointer
-
-restore = Checkpointer.restore
-folder = os.environ["WITNESS"]
-
-def witnessed(self, state, **options):
-    told = {"rank": int(os.environ["RANK"]), "attempt": os.environ.get("PERDURE_ATTEMPT")}
-    try:
-        restored = restore(self, state, **options)
-        told["step"] = restored.step if restored else None
-        return restored
-    except Exception as error:
-        told["error"] = type(error).__name__
-        raise
-    finally:
-        with open(os.path.join(folder, "restores"), "a") as file:
-            file.write(json.dumps(told) + "\\n")
-
-Checkpointer.restore = witnessed
-sys.argv = [*sys.argv[1:], "--losses", os.path.join(folder, "losses")]
-runpy.run_path(sys.argv[0], run_name="__main__")
-'''
+WITNESS = Path(__file__).with_name("witness.py")
 
 
 @dataclass(frozen=True)
@@ -147,24 +123,17 @@ def open_folder(url: str) -> Iterator[Any]:
         store.close()
 
 
-def command(witness: Path, place: Place, *arguments: str) -> list[str]:
+def command(place: Place, *arguments: str) -> list[str]:
     options = ["--nproc-per-node", str(RANKS), "--store", place.run.parent.as_uri()]
     options += ["--name", "whole-way", "--redirects", "3"]
-    return ["run", *options, str(witness), str(GPT), *TRAIN, *arguments]
+    return ["run", *options, str(WITNESS), str(GPT), *TRAIN, *arguments]
 
 
 @pytest.fixture(scope="module")
-def witness(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("witness") / "witness.py"
-    path.write_text(WITNESS)
-    return path
-
-
-@pytest.fixture(scope="module")
-def unbroken(tmp_path_factory: pytest.TempPathFactory, witness: Path) -> Place:
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Place:
     """Four sharded ranks to the end, with commits of steps 4, 8 and 12; never written to again."""
     place = make(tmp_path_factory.mktemp("unbroken") / "place")
-    done = place.perdure(*command(witness, place, "--save-every", str(EVERY), "--fsdp"))
+    done = place.perdure(*command(place, "--save-every", str(EVERY), "--fsdp"))
     assert done.returncode == 0, done.stderr
     assert [commit.step for commit in place.commits()] == [12, 8, 4]
     assert sorted(place.losses()) == list(range(1, STEPS + 1))
@@ -329,17 +298,17 @@ def test_no_readable_commit_is_no_reason_to_start_from_nothing(
 
 
 @pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
-def test_half_the_ranks_on_a_fresh_cluster(tmp_path: Path, witness: Path, sharding: str) -> None:
+def test_half_the_ranks_on_a_fresh_cluster(tmp_path: Path, sharding: str) -> None:
     how = ["--fsdp"] if sharding == "fsdp" else []
     before = make(tmp_path / "before")
-    step = stopped_after(before, 4, command(witness, before, *how, "--save-every", "4"))
+    step = stopped_after(before, 4, command(before, *how, "--save-every", "4"))
 
     again = [before.copy(tmp_path / name) for name in ("one", "two")]
     for place in again:
         done = place.perdure("resume", place.url, "--nproc-per-node", "2")
         assert done.returncode == 0, done.stderr
     plain = before.copy(tmp_path / "plain")
-    two_plain_processes(plain, [str(witness), str(GPT), *TRAIN, *how])
+    two_plain_processes(plain, [str(WITNESS), str(GPT), *TRAIN, *how])
 
     for place in (*again, plain):
         assert place.restored() == {0: [step], 1: [step]}
