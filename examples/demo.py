@@ -113,7 +113,7 @@ class Training:
         )
         if done.returncode:
             raise SystemExit(f"perdure submit ended with exit code {done.returncode}")
-        return done.stdout.split()[-1]
+        return done.stdout.split()[0]  # what a library prints on its way out comes after it
 
     def watch(self, *, kill: bool) -> None:
         """Until the run has ended. Raises SystemExit when it did not end well and in time."""
@@ -122,7 +122,7 @@ class Training:
 
         self.run = self.submit()
         record = records.read(self.run)
-        assert record is not None, "submit keeps a record of what it began"
+        assert record is not None, f"submit printed {self.run!r} and keeps no record of it"
         end = time.monotonic() + RUN_S
         told_at = 0.0
         threading.Thread(target=self.sample, daemon=True).start()
