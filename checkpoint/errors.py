@@ -31,7 +31,7 @@ class CheckpointError(Exception):
 class StoreError(CheckpointError):
     """The store failed a request in a way that asking again does not mend."""
 
-    default_hint = "Look at the store's own logs; `perdure ckpt list URL` tries it again."
+    default_hint = "Look at the store's own logs, then try again."
 
 
 class StoreUnreachable(StoreError):
@@ -64,7 +64,7 @@ class KeyExists(StoreError):
 class KeyMissing(StoreError):
     """The key is not in the store."""
 
-    default_hint = "See what is there with `perdure ckpt list URL`."
+    default_hint = "See what is under checkpoints/commits/ in the run's folder."
 
 
 class FormatError(CheckpointError):

@@ -204,7 +204,7 @@ class Saver:
         self.on_lost(
             StoreError(
                 "the Checkpointer was closed before this checkpoint was known to be committed",
-                hint="it may still be: see `perdure ckpt list URL`; wait() before close()",
+                hint="it may still be: see checkpoints/commits/ in its folder; wait() before close()",
             )
         )
 

@@ -141,9 +141,7 @@ class FileStore(Store):
                 what, hint=f"Make {self._root} writable for this user, or name another folder."
             )
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return StoreError(
-                what, hint="Free space there: `perdure ckpt list` shows what it holds."
-            )
+            return StoreError(what, hint="Free space there, then try again.")
         if isinstance(error, NotADirectoryError | FileExistsError):
             return NoSuchBucket(what, hint=f"{self._root} must be a folder, or not exist yet.")
         return StoreError(what, hint=f"Look at the file system that holds {self._root}.")

@@ -113,7 +113,7 @@ class Training:
         )
         if done.returncode:
             raise SystemExit(f"perdure submit ended with exit code {done.returncode}")
-        return done.stdout.split()[0]  # what a library prints on its way out comes after it
+        return done.stdout.split()[0]
 
     def watch(self, *, kill: bool) -> None:
         """Until the run has ended. Raises SystemExit when it did not end well and in time."""

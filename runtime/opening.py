@@ -127,7 +127,7 @@ def read_line(store: Store, step: int | None) -> Line:
     if history.commits and not commits:
         raise RunProblem(
             f"none of the {len(history.commits)} checkpoints in {store.url} may be restored",
-            hint="`perdure ckpt list` shows why; name one with --step, or another --store",
+            hint="`perdure events` shows why; name one with --step, or another --store",
         )
     newest = history.newest_attempt
     points = (RestorePoint(c.step, codec.attempt_from_text(c.attempt)) for c in commits)

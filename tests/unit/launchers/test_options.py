@@ -258,7 +258,7 @@ def test_two_runs_of_one_second_differ() -> None:
 def test_store_is_the_run_s_own_folder() -> None:
     spec = planned("--store", "s3://b/runs/", "--name", "mine", "t.py").spec
     assert (spec.run, spec.store) == ("mine", "s3://b/runs/mine")
-    assert settings.run_folder("runs", "x", "/work") == "file:///work/runs/x"
+    assert settings.run_folder("runs", "x", "/data") == "file:///data/runs/x"
 
 
 def test_secrets_leave_beside_the_spec(tmp_path: Path) -> None:
